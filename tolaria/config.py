@@ -1,0 +1,254 @@
+"""The configuration of a run: one frozen dataclass per part, the unit in each name, relations checked.
+
+Sources, later over earlier: defaults here, a TOML file (`--config`), flags (`--optim.lr 0.01`). Parsing and the
+command line are in `tolaria/options.py`; this file imports nothing heavy, so a bad flag is answered at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+def doc(default: Any, text: str) -> Any:
+    """A field with a default and the help text that ``--help`` shows (unit included)."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(ok: bool, key: str, value: Any, accepted: str) -> None:
+    """Raise ValueError naming the key, the value and what is accepted, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{key}={value!r}: expected {accepted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = doc("run", "name of the run, part of its directory's name")
+    root: str = doc("runs", "folder that holds run directories")
+    dir: str = doc("", "run directory; empty: <root>/<UTC time>-<name>")
+    seed: int = doc(0, "seed of weights, sample order and dropout")
+    resume: str = doc("no", "no | auto (newest run of this name, or start) | path of a run or checkpoint")
+
+    def __post_init__(self) -> None:
+        ok = bool(self.name) and all(c.isalnum() or c in "-_." for c in self.name) and self.name[0] != "."
+        require(ok, "run.name", self.name, "letters, digits, '-', '_' and '.', not starting with '.'")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    factory: str = doc("tolaria.tasks.digits:make_task", "package.module:function that returns a tolaria.Task")
+    args: Mapping[str, Scalar] = doc({}, "keyword arguments of the factory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = doc(10, "epochs to train")
+    max_steps: int = doc(0, "stop after so many optimizer steps; 0: no limit")
+    batch_size: int = doc(32, "samples per rank and microbatch")
+    accumulation: int = doc(1, "microbatches per optimizer step")
+    boundary_steps: int = doc(0, "optimizer steps between boundaries; 0: one boundary per epoch")
+    clip_norm: float = doc(1.0, "largest gradient norm of the host, and of each seed by itself; 0: no clipping")
+    debug: bool = doc(False, "one process, eager, anomaly detection")
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "accumulation"):
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        for key in ("max_steps", "boundary_steps", "clip_norm"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    num_workers: int = doc(0, "loader processes per rank; 0: load in the training process")
+    timeout_s: float = doc(60.0, "seconds to wait for a loader process before it counts as stuck")
+    validation_batch_size: int = doc(256, "samples per rank and validation batch")
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "more than 0")
+        require(self.validation_batch_size >= 1, "data.validation_batch_size", self.validation_batch_size, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    amp: Literal["bf16", "fp16", "off"] = doc("bf16", "autocast type; fp16 adds gradient scaling and needs CUDA")
+    tf32: bool = doc(True, "TF32 matrix products on CUDA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    enabled: bool = doc(True, "compile the training step with torch.compile")
+    mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
+    structure_limit: int = doc(64, "model structures kept compiled before further ones run eager")
+
+    def __post_init__(self) -> None:
+        require(self.structure_limit >= 8, "compile.structure_limit", self.structure_limit, "8 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "adam", "sgd", "rmsprop"] = doc("adamw", "optimizer")
+    lr: float = doc(1e-3, "peak learning rate of the host")
+    weight_decay: float = doc(0.01, "weight decay")
+    beta1: float = doc(0.9, "first-moment decay (adam, adamw)")
+    beta2: float = doc(0.999, "second-moment decay (adam, adamw); smoothing (rmsprop)")
+    eps: float = doc(1e-8, "denominator term (adam, adamw, rmsprop)")
+    momentum: float = doc(0.9, "momentum (sgd, rmsprop)")
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr <= 100, "optim.lr", self.lr, "more than 0, at most 100")
+        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "0 <= value < 1")
+        for key in ("beta1", "beta2", "momentum"):
+            require(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "0 <= value < 1")
+        require(self.eps > 0, "optim.eps", self.eps, "more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRConfig:
+    policy: Literal["constant", "linear", "cosine", "step", "wsd"] = doc("cosine", "schedule of the host")
+    warmup_steps: int = doc(0, "steps of linear warm-up")
+    final_ratio: float = doc(0.1, "last learning rate as a share of the peak (linear, cosine, wsd)")
+    decay_steps: int = doc(0, "steps until the end of the schedule; 0: the planned length of the run")
+    step_every: int = doc(1000, "steps between drops (step)")
+    step_factor: float = doc(0.5, "factor of each drop (step)")
+    wsd_decay_share: float = doc(0.2, "share of the run that decays (wsd)")
+    seed_policy: Literal["seed_warmup", "morpho_adaptive", "frozen"] = doc("seed_warmup", "schedule of seeds")
+    seed_ratio: float = doc(1.0, "seed learning rate as a share of the host's, after warm-up")
+    seed_warmup_steps: int = doc(20, "steps of a seed's warm-up, from 0.01 of its rate")
+    min_scale: float = doc(0.01, "smallest total factor that commands may reach")
+    max_scale: float = doc(10.0, "largest total factor that commands may reach")
+
+    def __post_init__(self) -> None:
+        for key in ("warmup_steps", "decay_steps", "seed_warmup_steps"):
+            require(getattr(self, key) >= 0, f"lr.{key}", getattr(self, key), "0 or more")
+        require(self.step_every >= 1, "lr.step_every", self.step_every, "1 or more")
+        for key in ("final_ratio", "step_factor", "wsd_decay_share", "seed_ratio"):
+            require(0 <= getattr(self, key) <= 1, f"lr.{key}", getattr(self, key), "0 to 1")
+        require(0 < self.min_scale <= 1, "lr.min_scale", self.min_scale, "more than 0, at most 1")
+        require(1 <= self.max_scale <= 1000, "lr.max_scale", self.max_scale, "1 to 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KasminaConfig:
+    slots: Mapping[str, str] = doc({}, "slots to attach, name -> module path; added to the task's own")
+    blend: Literal["residual", "convex"] = doc("residual", "h + alpha*f(x), or (1-alpha)*h + alpha*f(x)")
+    schedule: Literal["sigmoid", "linear", "cosine"] = doc("sigmoid", "course of alpha from 0 to 1")
+    blend_steps: int = doc(100, "optimizer steps from alpha 0 to 1")
+    signal: Literal["shadow", "straight_through"] = doc("shadow", "gradient of a TRAINING seed: exact, or cheap")
+    output_ratio: float = doc(2.0, "largest |f| / |h| of a seed (straight_through and gate G3)")
+    max_seed_parameters: int = doc(1_000_000, "most parameters of one seed")
+    max_grown_parameters: int = doc(10_000_000, "most parameters of all seeds together")
+    gradient_window: int = doc(5, "seed gradients that gate G1 wants finite and non-zero in a row")
+    max_loss_ratio: float = doc(1.5, "gate G2: validation loss over that before the graft, at most")
+    min_contribution: float = doc(0.0, "gate G4: validation loss without the seed minus with it, at least")
+    embargo_boundaries: int = doc(2, "boundaries that a culled slot stays closed")
+    freeze_fossilized: bool = doc(False, "freeze the parameters of a FOSSILIZED seed")
+
+    def __post_init__(self) -> None:
+        for key in ("blend_steps", "gradient_window", "max_seed_parameters", "max_grown_parameters"):
+            require(getattr(self, key) >= 1, f"kasmina.{key}", getattr(self, key), "1 or more")
+        for key in ("output_ratio", "max_loss_ratio"):
+            require(getattr(self, key) > 0, f"kasmina.{key}", getattr(self, key), "more than 0")
+        require(self.embargo_boundaries >= 0, "kasmina.embargo_boundaries", self.embargo_boundaries, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TamiyoConfig:
+    policy: str = doc("heuristic", "embedded policy: heuristic | noop | none | script:FILE | package.module:Class")
+    args: Mapping[str, Scalar] = doc({}, "keyword arguments of the embedded policy")
+    endpoint: str = doc("", "ZeroMQ endpoint of a policy service (ipc://, tcp://); empty: embedded")
+    key_file: str = doc("", "file with the shared key (0600, 32 bytes or more); needed with an endpoint")
+    curve_server_key_file: str = doc("", "file with the server's CURVE public key; needed for other hosts")
+    curve_secret_file: str = doc("", "file with this client's CURVE secret key; needed for other hosts")
+    deadline_ms: int = doc(2000, "milliseconds from the question to the accepted answer")
+    resend_ms: int = doc(800, "milliseconds until the question is sent again")
+    breaker_failures: int = doc(3, "failures in a row after which the policy is no longer asked")
+    breaker_rest: int = doc(5, "boundaries without a question before one probe")
+    probe_deadline_ms: int = doc(500, "milliseconds of a probe")
+    breaker_successes: int = doc(2, "answered probes in a row that close the breaker")
+    healthy_boundaries: int = doc(2, "good boundaries in a row that end conservative mode")
+    observation_boundaries: int = doc(2, "boundaries after which a command's effect is judged")
+
+    def __post_init__(self) -> None:
+        for key in ("deadline_ms", "resend_ms", "probe_deadline_ms"):
+            require(1 <= getattr(self, key) <= 600_000, f"tamiyo.{key}", getattr(self, key), "1 to 600000")
+        for key in ("breaker_failures", "breaker_rest", "breaker_successes", "healthy_boundaries",
+                    "observation_boundaries"):  # fmt: skip
+            require(getattr(self, key) >= 1, f"tamiyo.{key}", getattr(self, key), "1 or more")
+        require(
+            not self.endpoint or self.endpoint.startswith(("ipc://", "tcp://")),
+            "tamiyo.endpoint", self.endpoint, "ipc://PATH or tcp://HOST:PORT",
+        )  # fmt: skip
+        require(not self.endpoint or bool(self.key_file), "tamiyo.key_file", self.key_file, "a file, with an endpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = doc(1, "boundaries between checkpoints; 0: only the last one")
+    keep: int = doc(3, "newest checkpoints to keep")
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        require(self.keep >= 2, "checkpoint.keep", self.keep, "2 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    device: Literal["auto", "cpu", "cuda"] = doc("auto", "device of every rank")
+    timeout_s: float = doc(300.0, "seconds until a silent rank counts as lost in gradient collectives")
+    control_timeout_s: float = doc(300.0, "seconds until a silent rank counts as lost elsewhere")
+    threads: int = doc(0, "CPU threads per rank; 0: cores / local ranks")
+    growth_bucket_mb: int = doc(25, "DDP bucket size in MiB")
+
+    def __post_init__(self) -> None:
+        for key in ("timeout_s", "control_timeout_s"):
+            require(getattr(self, key) >= 1, f"dist.{key}", getattr(self, key), "1 or more")
+        require(self.threads >= 0, "dist.threads", self.threads, "0 or more")
+        require(self.growth_bucket_mb >= 1, "dist.growth_bucket_mb", self.growth_bucket_mb, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    interval_steps: int = doc(10, "optimizer steps between lines in metrics.jsonl")
+    progress: Literal["auto", "plain", "off"] = doc("auto", "progress on the terminal")
+
+    def __post_init__(self) -> None:
+        require(self.interval_steps >= 1, "log.interval_steps", self.interval_steps, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides what a run does. Written, resolved, to ``config.toml`` in the run directory."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lr: LRConfig = field(default_factory=LRConfig)
+    kasmina: KasminaConfig = field(default_factory=KasminaConfig)
+    tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        deadline_s = self.tamiyo.deadline_ms / 1000
+        require(
+            deadline_s + 2 <= self.dist.control_timeout_s, "tamiyo.deadline_ms", self.tamiyo.deadline_ms,
+            f"at least 2 s less than dist.control_timeout_s={self.dist.control_timeout_s}",
+        )  # fmt: skip
+        require(
+            self.tamiyo.resend_ms < self.tamiyo.deadline_ms, "tamiyo.resend_ms", self.tamiyo.resend_ms,
+            f"less than tamiyo.deadline_ms={self.tamiyo.deadline_ms}",
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, ready for TOML or JSON."""
+        return asdict(self)

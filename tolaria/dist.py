@@ -1,0 +1,251 @@
+"""Ranks, process groups and the few collectives that Tolaria uses.
+
+Everything that crosses ranks outside DDP goes through `Peers`: fixed-size integer or byte tensors on a gloo
+group of its own. No object collectives (they unpickle), no size that depends on one rank's data (a mismatch
+aborts the other side). With one process there is no process group and each call returns at once.
+"""
+
+import hashlib
+import os
+import secrets
+import struct
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from tolaria.errors import ConfigError, PeerLost, ReplicaMismatch
+
+FRAME_CAPACITY_BYTES = 65536
+_FRAME_HEADER = struct.Struct("!I32s")
+
+
+@contextmanager
+def _peer_errors(what: str) -> Iterator[None]:
+    # torch.distributed reports a dead or silent peer as RuntimeError (DistBackendError is one).
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"{what}: another rank is gone or did not answer in time ({error})") from error
+
+
+class Peers:
+    """The small collectives over one process group. Every method is collective: all ranks call it.
+
+    Blocks until all ranks called it, at most the group's timeout; then, or when a rank dies, raises PeerLost.
+    One instance belongs to one thread: the training thread and the checkpoint writer each have their own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, world_size: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.world_size = world_size
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        """Reduce a CPU tensor in place over all ranks and return it."""
+        if self.group is not None:
+            with _peer_errors("all-reduce"):
+                dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        return self.all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum over ranks, in place."""
+        return self.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def start_max(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Start a MAX reduce of a CPU tensor; wait with `finish`. The tensor must stay untouched until then."""
+        if self.group is None:
+            return None
+        with _peer_errors("fence"):
+            return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    @staticmethod
+    def finish(work: dist.Work | None) -> None:
+        """Wait for a collective started with `start_max`."""
+        if work is not None:
+            with _peer_errors("fence"):
+                work.wait()
+
+    def agree(self, ok: bool) -> bool:
+        """True on all ranks if ``ok`` is true on every rank, else False on all ranks."""
+        vote = torch.tensor([int(ok)], dtype=torch.int64)
+        return bool(self.all_reduce(vote, dist.ReduceOp.MIN).item())
+
+    def gather(self, row: Sequence[int]) -> list[list[int]]:
+        """Every rank's row of int64 values, by rank. All rows must have one length."""
+        mine = torch.tensor(list(row), dtype=torch.int64)
+        if self.group is None:
+            return [mine.tolist()]
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with _peer_errors("gather"):
+            dist.all_gather(rows, mine, group=self.group)
+        return [r.tolist() for r in rows]
+
+    def gather_digests(self, digest: bytes) -> list[bytes]:
+        """Every rank's 32-byte digest, by rank."""
+        if len(digest) != 32:
+            raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
+        return [struct.pack("!4q", *row) for row in self.gather(struct.unpack("!4q", digest))]
+
+    def require_equal(self, digest: bytes, what: str) -> None:
+        """Raise ReplicaMismatch on every rank unless all ranks hold the same 32-byte digest."""
+        digests = self.gather_digests(digest)
+        if len(set(digests)) > 1:
+            seen = ", ".join(f"rank {r}: {d.hex()[:12]}" for r, d in enumerate(digests))
+            raise ReplicaMismatch(f"{what} differs over ranks ({seen})")
+
+    def broadcast_frame(self, payload: bytes | None, capacity: int = FRAME_CAPACITY_BYTES) -> bytes:
+        """Rank 0's bytes on every rank. Other ranks pass None.
+
+        The frame has a fixed size, so the ranks can never disagree on it; its sha256 is checked on arrival.
+        Raises ValueError on rank 0, before anything is sent, when the payload is too long.
+        """
+        if self.group is None:
+            if payload is None:
+                raise ValueError("a single process must pass its own payload")
+            return payload
+        frame = torch.zeros(capacity, dtype=torch.uint8)
+        if self.rank == 0:
+            if payload is None or len(payload) > capacity - _FRAME_HEADER.size:
+                raise ValueError(f"payload of {len(payload or b'')} bytes does not fit a frame of {capacity}")
+            raw = _FRAME_HEADER.pack(len(payload), hashlib.sha256(payload).digest()) + payload
+            frame[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        with _peer_errors("broadcast"):
+            dist.broadcast(frame, src=0, group=self.group)
+        raw = frame.numpy().tobytes()
+        length, sha = _FRAME_HEADER.unpack_from(raw)
+        body = raw[_FRAME_HEADER.size : _FRAME_HEADER.size + length]
+        if hashlib.sha256(body).digest() != sha:
+            raise ReplicaMismatch(f"rank {self.rank}: a broadcast of {length} bytes arrived damaged")
+        return body
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.agree(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the ranks. ``peers`` is for the training thread, ``background`` for the writer."""
+
+    global_rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    generation: str
+    peers: Peers
+    background: Peers
+    data_group: dist.ProcessGroup | None
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self.global_rank == 0
+
+    def close(self) -> None:
+        """Destroy the process groups. Local: does not wait for other ranks."""
+        if self.data_group is not None:
+            dist.destroy_process_group()
+
+
+def _agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A fresh prefix for this start, agreed by the live ranks: hello, reply, acknowledge.
+
+    torchrun's store outlives a restart and still holds the keys of dead ranks, and its restart count is per
+    node. So every process announces a random nonce; rank 0 answers each nonce it sees, also a dead one, and is
+    done when the new ranks have acknowledged its own random generation.
+    """
+    deadline = time.monotonic() + timeout_s
+
+    def waiting(what: str) -> None:
+        if time.monotonic() > deadline:
+            raise PeerLost(f"start: {what} within {timeout_s:.0f} s")
+        time.sleep(0.01)
+
+    if rank == 0:
+        generation = secrets.token_hex(8)
+        answered: dict[int, bytes] = {}
+        pending = set(range(1, world_size))
+        while pending:
+            for peer in sorted(pending):
+                hello = f"tolaria/hello/{peer}"
+                if store.check([hello]):
+                    nonce = store.get(hello)
+                    if answered.get(peer) != nonce:
+                        store.set(f"tolaria/reply/{nonce.decode()}", generation)
+                        answered[peer] = nonce
+                if store.check([f"tolaria/ack/{generation}/{peer}"]):
+                    pending.discard(peer)
+            if pending:
+                waiting(f"ranks {sorted(pending)} did not join")
+        return generation
+    nonce = secrets.token_hex(8)
+    store.set(f"tolaria/hello/{rank}", nonce)
+    while not store.check([f"tolaria/reply/{nonce}"]):
+        waiting("rank 0 did not answer")
+    generation = store.get(f"tolaria/reply/{nonce}").decode()
+    store.set(f"tolaria/ack/{generation}/{rank}", "1")
+    return generation
+
+
+def _env_int(name: str) -> int:
+    value = os.environ[name]
+    if not value.isdigit():
+        raise ConfigError(f"environment variable {name}={value!r}: expected a whole number, as torchrun sets it")
+    return int(value)
+
+
+def _pick_device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"dist.device={device!r}: no CUDA device is visible; accepted here: auto, cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible")
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def init_world(*, device: str = "auto", timeout_s: float = 300.0, control_timeout_s: float = 300.0) -> World:
+    """Join the other ranks as torchrun's environment says, or be a world of one without it.
+
+    Collective over all ranks. ``device`` is "auto", "cpu" or "cuda"; ``timeout_s`` bounds gradient collectives,
+    ``control_timeout_s`` the others. Raises PeerLost when ranks do not join in time.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        alone = Peers(None, 0, 1)
+        return World(
+            global_rank=0, local_rank=0, world_size=1, device=_pick_device(device, 0),
+            generation=secrets.token_hex(8), peers=alone, background=alone, data_group=None,
+        )  # fmt: skip
+    rank, world_size = _env_int("RANK"), _env_int("WORLD_SIZE")
+    local_rank = _env_int("LOCAL_RANK")
+    chosen = _pick_device(device, local_rank)
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    with _peer_errors("start"):
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], _env_int("MASTER_PORT"), world_size,
+            is_master=rank == 0 and not agent_has_store, timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )  # fmt: skip
+        generation = _agree_on_generation(store, rank, world_size, timeout_s)
+        dist.init_process_group(
+            backend="nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"tolaria/{generation}", store), rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=timeout_s), device_id=chosen if chosen.type == "cuda" else None,
+        )  # fmt: skip
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_s))
+        background = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return World(
+        global_rank=rank, local_rank=local_rank, world_size=world_size, device=chosen, generation=generation,
+        peers=Peers(control, rank, world_size), background=Peers(background, rank, world_size),
+        data_group=dist.group.WORLD,
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""What a user brings: a model, its loss, data and metrics, as one `Task`.
+
+`--task my_package.my_module:make_task` names a function that returns a Task. It is called once on every rank
+after the random generators were seeded alike, so that all ranks build the same model.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from tolaria.errors import TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One training problem.
+
+    model: any nn.Module; called as ``model(inputs)``.
+    loss: ``loss(outputs, targets)`` -> one loss per sample, shape (batch,) or (batch, ...); Tolaria averages. It is
+        per sample so that uneven last batches weigh every sample the same on any number of ranks.
+    train, validation: map-style datasets whose items are ``(input, target)``. An ``__getitems__(list[int])`` that
+        returns what ``collate`` takes is used when there is one.
+    accuracy: ``accuracy(outputs, targets)`` -> per-sample values in [0, 1], same shape rule as ``loss``.
+    metrics: further validation metrics by name, same form as ``accuracy``.
+    slots: places to grow, slot name -> path of a module in ``model`` (see ``nn.Module.named_modules``); slots that
+        the model already contains as ``tolaria.Slot`` need no entry.
+    optimizer: overrides of the ``optim`` section of the configuration, by key.
+    collate: makes one ``(inputs, targets)`` pair of batched tensors from a list of items.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor]
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    accuracy: Callable[[Any, Any], Tensor]
+    metrics: Mapping[str, Callable[[Any, Any], Tensor]] = field(default_factory=dict)
+    slots: Mapping[str, str] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] = default_collate
+
+
+def import_object(path: str, key: str) -> Any:
+    """The object at ``package.module:name``. Raises TaskError that names ``key`` and what was wrong."""
+    module_name, colon, attribute = path.partition(":")
+    if not (module_name and colon and attribute):
+        raise TaskError(f"{key}={path!r}: expected package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise TaskError(f"{key}={path!r}: cannot import {module_name} ({error})") from error
+    if not hasattr(module, attribute):
+        raise TaskError(f"{key}={path!r}: module {module_name} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def load_task(path: str, args: Mapping[str, Any], seed: int) -> Task:
+    """Build the user's task on this rank. Local; seeds torch's global generator first.
+
+    Whatever the user's function raises is reported as TaskError with the cause attached.
+    """
+    factory = import_object(path, "task.factory")
+    torch.manual_seed(seed)
+    try:
+        task = factory(**args)
+    except Exception as error:  # the user's code: anything may come out of it, and it ends the start
+        raise TaskError(f"task.factory={path!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise TaskError(f"task.factory={path!r} returned {type(task).__name__}; expected tolaria.Task")
+    return task
