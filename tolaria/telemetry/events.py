@@ -1,0 +1,79 @@
+"""events.jsonl: what happened in a run, typed, for machines."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from tolaria.telemetry.lines import LineFile, read_lines
+
+Level: TypeAlias = Literal["info", "warning", "error", "critical"]
+
+RESERVED = frozenset({"kind", "level", "run_id", "rank", "mono_ns", "wall_ns"})
+"""Names that every event carries itself; `step` too, but an event about another step may say so."""
+
+
+class EventLog:
+    """The typed events of one rank; the ranks of one machine share the file.
+
+    Every line has kind, level, run_id, rank, step, mono_ns (monotonic, for intervals within one boot) and wall_ns
+    (Unix time), then the event's own fields. ``step`` is set by the training loop. Local, safe to use from several
+    threads, never waits for the disk. When events were lost, the next one that can be written is preceded by an
+    ``events_lost`` event with their number.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        *,
+        run_id: str,
+        mono_ns: Callable[[], int] = time.monotonic_ns,
+        wall_ns: Callable[[], int] = time.time_ns,
+        write: Callable[[int, bytes], int] = os.write,
+    ) -> None:
+        """Open or create the file. Raises RunDirError when that is not possible."""
+        self.rank = rank
+        self.run_id = run_id
+        self.step = 0
+        self._mono_ns = mono_ns
+        self._wall_ns = wall_ns
+        self._file = LineFile(path, write=write)
+        self._untold = 0
+        self._lock = threading.Lock()
+
+    @property
+    def lost(self) -> int:
+        """Events that could not be written so far."""
+        return self._file.lost
+
+    def emit(self, kind: str, level: Level = "info", **fields: object) -> None:
+        """Write one event. Raises ValueError for a field whose name is in RESERVED, nothing else."""
+        clash = RESERVED.intersection(fields)
+        if clash:
+            raise ValueError(f"event {kind!r}: field names {sorted(clash)} are reserved; choose others")
+        record = self._record(kind, level, fields)
+        with self._lock:
+            if self._untold:
+                lost = self._record("events_lost", "warning", {"count": self._untold})
+                written = self._file.append(lost, record)
+            else:
+                written = self._file.append(record)
+            self._untold = 0 if written else self._untold + 1
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+    def _record(self, kind: str, level: Level, fields: dict[str, object]) -> dict[str, object]:
+        return {
+            "kind": kind, "level": level, "run_id": self.run_id, "rank": self.rank, "step": self.step,
+            "mono_ns": self._mono_ns(), "wall_ns": self._wall_ns(), **fields,
+        }  # fmt: skip
+
+
+def read_events(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The events of a file in the order written, all or those of one kind; damaged lines are skipped."""
+    return (event for event in read_lines(path) if kind is None or event.get("kind") == kind)

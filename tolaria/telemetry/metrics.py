@@ -1,0 +1,42 @@
+"""metrics.jsonl: the numbers of a run over its steps."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tolaria.telemetry.lines import LineFile, read_lines
+
+
+class MetricsLog:
+    """One line per logging interval or boundary: step, wall_ns, then the values. For rank 0.
+
+    Local; a write that fails is counted in ``lost`` and never raised. A resumed run goes on in the same file, so a
+    step may occur twice: the later line counts.
+    """
+
+    def __init__(
+        self, path: Path, *, wall_ns: Callable[[], int] = time.time_ns, write: Callable[[int, bytes], int] = os.write
+    ) -> None:
+        """Open or create the file. Raises RunDirError when that is not possible."""
+        self._file = LineFile(path, write=write)
+        self._wall_ns = wall_ns
+
+    @property
+    def lost(self) -> int:
+        """Lines that could not be written so far."""
+        return self._file.lost
+
+    def write(self, step: int, **values: object) -> None:
+        """Write one line of host values (numbers, not device tensors: a tensor would be copied from its device)."""
+        self._file.append({"step": step, "wall_ns": self._wall_ns(), **values})
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file in the order written; damaged lines are skipped."""
+    return read_lines(path)

@@ -1,0 +1,288 @@
+"""What a person sees while a run trains: one calm line per boundary, on rank 0's terminal."""
+
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn, TextIO, TypeAlias
+
+from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from tolaria.telemetry import report
+from tolaria.telemetry.lines import warn
+from tolaria.telemetry.summary import RunSummary
+from tolaria.telemetry.words import number, percent, printable, short_duration
+
+Mode: TypeAlias = Literal["auto", "plain", "off"]
+Level: TypeAlias = Literal["info", "warning", "error", "critical"]
+
+HEADER = f"{'epoch':>5} {'step':>6}  {'train':>6}  {'val':>6}  {'acc':>6}  {'lr':>7}  {'time':>6}  {'ckpt':<4}  seeds"
+SEEDS_COLUMN = HEADER.index("seeds")
+HEADER_EVERY_ROWS = 40
+LABEL_WIDTH = 10
+MIN_WIDTH, MAX_WIDTH = 60, 120
+TRANSIENT_INTERVAL_S = 0.1
+
+LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red", "critical": "bold red"}
+STAGE_STYLES = {"FOSSILIZED": "green", "CULLED": "red", "EMBARGOED": "dim", "RESETTING": "dim", "TERMINATED": "dim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartInfo:
+    """The head: a title and (label, text) lines in the order shown, for example ("model", "1,234 parameters")."""
+
+    title: str
+    lines: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """The position inside an epoch. ``loss`` is a host number; ``rate`` samples per second over all ranks."""
+
+    epoch: int
+    epochs: int
+    epoch_step: int
+    epoch_steps: int
+    loss: float | None = None
+    lr: float | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedCell:
+    """One slot at a boundary; ``stage`` is the name of its SeedStage."""
+
+    slot: str
+    stage: str
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundaryRow:
+    """One boundary: losses are means per sample, accuracy in [0, 1], seconds since the boundary before.
+
+    ``checkpoint`` is a short name of what was committed since the row before ("c12"), empty for none; ``mode`` is
+    "normal" or "conservative". Values that were not measured are None.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    lr: float
+    seconds: float
+    seeds: Sequence[SeedCell] = ()
+    mode: str = "normal"
+    checkpoint: str = ""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        # rich would end the process here; training goes on without its progress.
+        raise BrokenPipeError("the reader of the progress is gone")
+
+
+class Progress:
+    """Writes the progress of a run to a terminal or a file.
+
+    "auto": colours and a status line that is overwritten, on a capable terminal; plain text elsewhere and under
+    NO_COLOR. "plain": always plain text. "off": nothing (every rank but 0). All methods are local and draw at once.
+    An output that fails (closed pipe, full disk) turns the progress off, told once on stderr; nothing is raised.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "auto",
+        *,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        environ: Mapping[str, str] = os.environ,
+        width: int | None = None,
+    ) -> None:
+        self._file = sys.stdout if file is None else file
+        self._on = mode != "off"
+        capable = not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
+        self._live = mode == "auto" and capable and self._file.isatty()
+        self._clock = clock
+        self._fixed_width = width
+        self._console = _Console(
+            file=self._file, force_terminal=self._live, no_color=not self._live,
+            color_system="auto" if self._live else None, _environ=environ,
+            highlight=False, markup=False, emoji=False, legacy_windows=False,
+        )  # fmt: skip
+        self._drawn_at = -TRANSIENT_INTERVAL_S
+        self._transient = False
+        self._rows = 0
+        self._mode = "normal"
+        self._best_accuracy = 0.0
+
+    def start(self, info: StartInfo) -> None:
+        """The head: what is about to run, and where."""
+        self._print(Text(self._clean(info.title), style="bold"))
+        for label, text in info.lines:
+            self._labelled(label, text)
+        self._print(Text())
+
+    def status(self, text: str) -> None:
+        """A word about something that takes long ("compiling"), overwritten by whatever comes next; terminals only."""
+        if self._live:
+            self._draw(text)
+
+    def step_due(self) -> bool:
+        """True when `step` would draw now: only then is it worth reading the loss from the device."""
+        return self._on and self._live and self._clock() - self._drawn_at >= TRANSIENT_INTERVAL_S
+
+    def step(self, info: StepInfo) -> None:
+        """The position inside an epoch, on the overwritten line; at most ten times a second, terminals only."""
+        if not self.step_due():
+            return
+        parts = [f"epoch {info.epoch}/{info.epochs}", f"step {info.epoch_step}/{info.epoch_steps}"]
+        if info.loss is not None:
+            parts.append(f"loss {number(info.loss)}")
+        if info.lr is not None:
+            parts.append(f"lr {info.lr:.1e}")
+        if info.rate is not None:
+            parts.append(f"{info.rate:,.0f} samples/s")
+        self._draw("  ".join([*parts, self._mode]))
+
+    def boundary(self, row: BoundaryRow) -> None:
+        """One line of the table; a change of mode is told on a line before it."""
+        if row.mode != self._mode:
+            self._mode = row.mode
+            self.note(f"{row.mode} from here on", label="mode", level="info" if row.mode == "normal" else "warning")
+        if self._rows % HEADER_EVERY_ROWS == 0:
+            self._print(Text(HEADER, style="dim"))
+        self._rows += 1
+        for line in self._row_lines(row):
+            self._print(line)
+
+    def note(self, text: str, *, label: str = "", level: Level = "info") -> None:
+        """Something worth knowing between two boundaries; ``label`` says from whom or about what ("tamiyo")."""
+        self._labelled(label, text, indent=6, style=LEVEL_STYLES[level])
+
+    def summary(self, summary: RunSummary) -> None:
+        """The end of the run: results, seeds, commands with reason and effect, and how to go on."""
+        self._print(Text())
+        self._print(Text(self._clean(report.headline(summary)), style="bold"))
+        for label, text in report.result_lines(summary):
+            self._labelled(label, text, style="green" if label == "accuracy" and summary.before_growth else "")
+        if summary.mode != "normal":
+            self._labelled("mode", summary.mode, style="yellow")
+        if summary.state_digest:
+            self._labelled("state", report.digest_line(summary.state_digest))
+        self._group("Seeds", map(report.seed_line, summary.seeds))
+        self._group("Commands", (line for command in summary.commands for line in report.command_lines(command)))
+        # Paths and commands stay on one line whatever their length: they are there to be copied.
+        places = [("run", summary.run_dir), ("checkpoint", summary.checkpoint), ("resume", summary.resume)]
+        self._group("Files", (place for place in places if place[1]), wrap=False)
+
+    def close(self) -> None:
+        """Take away the overwritten line, if there is one; idempotent."""
+        self._write(self._erase)
+
+    def _row_lines(self, row: BoundaryRow) -> list[Text]:
+        accuracy_style = ""
+        if row.val_accuracy is not None and row.val_accuracy > self._best_accuracy:
+            self._best_accuracy, accuracy_style = row.val_accuracy, "bold"
+        line = Text(f"{row.epoch:>5} {row.step:>6}  {number(row.train_loss):>6}  {number(row.val_loss):>6}  ")
+        line.append(f"{percent(row.val_accuracy):>6}", style=accuracy_style)
+        line.append(f"  {row.lr:>7.1e}  {short_duration(row.seconds):>6}  ")
+        line.append(f"{self._clean(row.checkpoint):<4}  ", style="dim")
+        lines, room = [line], max(20, self._width - SEEDS_COLUMN)
+        cells, used = self._seed_cells(row), 0
+        for index, (text, style) in enumerate(cells):
+            shown = text if index + 1 == len(cells) else f"{text},"
+            if used and used + 1 + len(shown) > room:
+                lines.append(Text(" " * SEEDS_COLUMN))
+                used = 0
+            lines[-1].append((" " if used else "") + shown, style=style)
+            used += len(shown) + (1 if used else 0)
+        for finished in lines:
+            finished.rstrip()
+        return lines
+
+    def _seed_cells(self, row: BoundaryRow) -> list[tuple[str, str]]:
+        # What is going on; when nothing is, what has been grown for good. Sleeping slots are not worth a word.
+        cells = [] if row.mode == "normal" else [(self._clean(row.mode), "yellow")]
+        active = [seed for seed in row.seeds if seed.stage not in ("DORMANT", "FOSSILIZED")]
+        for seed in active or [seed for seed in row.seeds if seed.stage == "FOSSILIZED"]:
+            text = f"{seed.slot} {seed.stage.lower()}"
+            if seed.stage == "BLENDING":
+                text += f" {seed.alpha:.2f}"
+            cells.append((self._clean(text), STAGE_STYLES.get(seed.stage, "cyan")))
+        return cells
+
+    def _group(self, title: str, lines: Iterable[tuple[str, str]], *, wrap: bool = True) -> None:
+        for index, (label, text) in enumerate(lines):
+            if index == 0:
+                self._print(Text())
+                self._print(Text(title, style="bold"))
+            self._labelled(label, text, wrap=wrap)
+
+    def _labelled(self, label: str, text: str, *, indent: int = 2, style: str = "", wrap: bool = True) -> None:
+        margin = " " * indent + f"{self._clean(label):<{LABEL_WIDTH}}  "
+        body = self._clean(text)
+        room = max(20, self._width - len(margin))
+        pieces = textwrap.wrap(body, room, break_on_hyphens=False) if wrap else [body]
+        for index, piece in enumerate(pieces):
+            self._print(Text.assemble((margin if index == 0 else " " * len(margin), "dim"), (piece, style)))
+
+    @property
+    def _width(self) -> int:
+        columns = self._fixed_width or shutil.get_terminal_size((80, 24)).columns
+        return max(MIN_WIDTH, min(columns, MAX_WIDTH))
+
+    def _clean(self, text: str) -> str:
+        return printable(text, self._file.encoding or "utf-8")
+
+    def _print(self, line: Text) -> None:
+        def draw() -> None:
+            self._erase()
+            self._console.print(line, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
+
+        self._write(draw)
+
+    def _draw(self, text: str) -> None:
+        def draw() -> None:
+            self._erase()
+            # One column stays free: a full line would wrap, and erasing it would leave half of it.
+            cut = self._clean(text)[: self._width - 1]
+            self._console.print(Text(cut, style="dim"), end="", no_wrap=True, overflow="ignore", soft_wrap=True)
+            self._transient = True
+            self._drawn_at = self._clock()
+
+        self._write(draw)
+
+    def _erase(self) -> None:
+        if self._transient:
+            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            self._transient = False
+
+    def _write(self, draw: Callable[[], None]) -> None:
+        if not self._on:
+            return
+        try:
+            draw()
+            self._file.flush()
+        except (OSError, ValueError) as error:  # ValueError: the file was closed
+            self._on = False
+            warn(f"tolaria: progress output stopped ({error}); training goes on")
+            self._discard_output()
+
+    def _discard_output(self) -> None:
+        # What is still buffered would fail again when the interpreter flushes it at exit, and turn a finished run
+        # into exit code 120.
+        try:
+            target = self._file.fileno()
+        except (OSError, ValueError):
+            return  # no descriptor: nothing is flushed to it later
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, target)
+        os.close(null)

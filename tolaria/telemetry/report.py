@@ -1,0 +1,72 @@
+"""The end of a run in words: (label, text) lines that the terminal lays out. Pure."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from tolaria.telemetry.summary import CommandRecord, RunSummary, SeedRecord
+from tolaria.telemetry.words import counted, duration, number, percent
+
+OUTCOMES = {"finished": "Finished", "stopped": "Stopped as asked", "failed": "Failed"}
+
+
+def headline(summary: RunSummary) -> str:
+    """One sentence: how the run ended, after what, on what."""
+    word = OUTCOMES.get(summary.outcome, summary.outcome)
+    done = f"{counted(summary.epochs, 'epoch')}, {counted(summary.steps, 'step')}"
+    ranks = counted(summary.world_size, f"{summary.device} rank")
+    return f"{word} after {duration(summary.seconds)}: {done} on {ranks}"
+
+
+def result_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
+    """Accuracy, loss and parameters, before and after growth where there was any."""
+    before, after = summary.before_growth, summary.final
+    if after is not None and before is not None:
+        points = 100 * (after.accuracy - before.accuracy)
+        yield (
+            "accuracy",
+            (f"{percent(before.accuracy)} before growth, {percent(after.accuracy)} at the end ({points:+.1f} points)"),
+        )
+        yield "val loss", f"{number(before.loss)} before growth (step {before.step:,}), {number(after.loss)} at the end"
+    elif after is not None:
+        yield "accuracy", f"{percent(after.accuracy)} (the model did not grow)"
+        yield "val loss", number(after.loss)
+    if after is not None:
+        for name, value in after.metrics.items():
+            yield name, f"{value:.4g}"
+    if (best := summary.best) is not None:
+        yield "best", f"{percent(best.accuracy)}, val loss {number(best.loss)}, at step {best.step:,}"
+    grown = summary.parameters_end - summary.parameters_start
+    text = f"{summary.parameters_end:,}"
+    yield "parameters", text + (f" ({summary.parameters_start:,} at the start, {grown:+,} grown)" if grown else "")
+
+
+def seed_line(seed: SeedRecord) -> tuple[str, str]:
+    """One slot as label, and what grew there and how far it came."""
+    stage = seed.stage.lower()
+    if not seed.blueprint:
+        return seed.slot, stage
+    text = f"{seed.blueprint}, {stage}, {counted(seed.parameters, 'parameter')}"
+    if 0 < seed.alpha < 1:
+        text += f", alpha {seed.alpha:.2f}"
+    if seed.contribution is not None:
+        text += f", lowers val loss by {number(seed.contribution)}"
+    return seed.slot, text
+
+
+def command_lines(command: CommandRecord) -> Iterator[tuple[str, str]]:
+    """One command, labelled with its step: what it asked, why, and what came of it."""
+    outcome = f" ({command.outcome})" if command.outcome else ""
+    yield f"step {command.step}", command.what + outcome
+    if command.reason:
+        yield "", f"why: {command.reason}"
+    if command.effect:
+        yield "", f"effect: {command.effect}"
+
+
+def digest_line(digests: Mapping[int, str]) -> str:
+    """Whether all ranks ended with the same state."""
+    found = Counter(digests.values())
+    if len(found) == 1:
+        where = "1 rank" if len(digests) == 1 else f"equal on {len(digests)} ranks"
+        return f"sha256 {next(iter(found))[:16]}, {where}"
+    return "DIFFERS: " + ", ".join(f"rank {rank} {digest[:12]}" for rank, digest in sorted(digests.items()))

@@ -1,0 +1,147 @@
+"""summary.json, and what a person reads at the end of a run."""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tolaria.errors import RunDirError
+from tolaria.telemetry.lines import to_json
+
+PACKAGES = ("tolaria", "torch", "numpy", "safetensors", "protobuf", "pyzmq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Validation over all ranks at one boundary; ``accuracy`` in [0, 1], ``metrics`` the task's further ones."""
+
+    step: int
+    epoch: int
+    loss: float
+    accuracy: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandRecord:
+    """One command and what became of it.
+
+    ``what`` says what was asked ("germinate late with conv_residual"), ``outcome`` is applied, refused, or the field
+    report's (success, neutral, regression, aborted); ``effect`` tells it in numbers.
+    """
+
+    step: int
+    boundary: int
+    command_id: str
+    what: str
+    reason: str = ""
+    outcome: str = ""
+    effect: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRecord:
+    """One slot at the end. ``contribution``: validation loss without the seed minus with it, None if not measured."""
+
+    slot: str
+    blueprint: str
+    stage: str
+    parameters: int
+    alpha: float
+    contribution: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Everything in summary.json.
+
+    ``outcome``: "finished", "stopped" (asked to), or "failed". ``before_growth`` is the last validation before the
+    first seed acted on the model's output, None if none did. ``latency_ms``: per part of the boundary, see
+    `latency_split`. ``state_digest``: rank -> hex. ``resume``: the command that goes on from here.
+    """
+
+    outcome: str
+    name: str
+    run_id: str
+    run_dir: str
+    seed: int
+    epochs: int
+    steps: int
+    seconds: float
+    world_size: int
+    device: str
+    final: Score | None
+    best: Score | None
+    before_growth: Score | None
+    parameters_start: int
+    parameters_end: int
+    seeds: Sequence[SeedRecord] = ()
+    commands: Sequence[CommandRecord] = ()
+    boundaries: int = 0
+    latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    mode: str = "normal"
+    checkpoint: str = ""
+    resume: str = ""
+    state_digest: Mapping[int, str] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: NaN and infinities as strings, ranks as text."""
+        return {"schema": 1, **{key: to_json(value) for key, value in asdict(self).items()}}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def latency_split(boundaries: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """p50, p99 and max by part over boundaries that each give milliseconds by part. Pure."""
+    parts: dict[str, list[float]] = {}
+    for boundary in boundaries:
+        for part, value_ms in boundary.items():
+            parts.setdefault(part, []).append(value_ms)
+    return {part: _spread(sorted(values)) for part, values in parts.items()}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    p99 = values[min(len(values) - 1, round(0.99 * (len(values) - 1)))]
+    return {"p50": round(statistics.median(values), 4), "p99": round(p99, 4), "max": round(values[-1], 4)}
+
+
+def write_summary(path: Path, summary: RunSummary) -> None:
+    """Write summary.json whole or not at all (temporary file, fsync, rename). Rank 0, local, waits for the disk.
+
+    Raises RunDirError and leaves a former summary as it was when the file cannot be written.
+    """
+    data = json.dumps(summary.to_dict(), indent=2, ensure_ascii=True) + "\n"
+    temporary = ""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise RunDirError(f"{path}: cannot be written ({error.strerror})") from error
