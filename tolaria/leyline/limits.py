@@ -1,0 +1,134 @@
+"""How large, how many and how wild a Leyline message may be, and the checks of single values against that.
+
+Both directions use the same rules: what Tolaria would refuse to read it also refuses to write. Every check
+raises MessageRejected with a stable code: "size", "count", "text", "range", "not_finite", "type", "version".
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from enum import IntEnum
+
+from tolaria.errors import MessageRejected
+
+MESSAGE_VERSION = 1
+
+# A reply must fit a decision, and a decision the fixed frame that rank 0 broadcasts, so each bound is below the next.
+MAX_COMMAND_BYTES = 8 * 1024
+MAX_REPLY_BYTES = 60 * 1024
+MAX_DECISION_BYTES = 64_000
+MAX_REQUEST_BYTES = 1024 * 1024
+
+MAX_DEPTH = 8
+# More than any message within the counts below has; bounds what parsing a small message can make of it.
+MAX_FIELDS = 65_536
+
+MAX_COMMANDS = 64
+MAX_SEEDS = 256
+MAX_FIELD_REPORTS = 256
+MAX_TRAINING_METRICS = 256
+MAX_SEED_METRICS = 32
+MAX_PARAMETERS = 32
+MAX_ANNOTATIONS = 16
+
+MAX_STRING_CHARS = 128
+MAX_UINT32 = 2**32 - 1
+MAX_UINT64 = 2**64 - 1
+MAX_TIME_NS = 2**63 - 1
+# Measurements may be far off when training goes wrong; a command that asks for such values is a mistake.
+MAX_MEASUREMENT = 1e30
+MAX_COMMAND_VALUE = 1e9
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
+_PATTERN = re.compile(r"[A-Za-z0-9_.:/@+*?\[\]!-]{1,128}")
+
+
+def is_name(value: str) -> bool:
+    """Whether ``value`` can be an id on the wire: 1 to 128 of ``A-Za-z0-9_.:/@+-``, not starting with ``.:/@+-``."""
+    return _NAME.fullmatch(value) is not None
+
+
+def clip_text(text: str) -> str:
+    """``text`` made fit for a text field: unprintable characters become spaces, longer text ends in '...'."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return printable if len(printable) <= MAX_STRING_CHARS else printable[: MAX_STRING_CHARS - 3] + "..."
+
+
+def check_name(where: str, value: str, *, optional: bool = False) -> None:
+    """Refuse anything but an id; the empty string only if ``optional``."""
+    _check_type(where, value, str)
+    if not (value == "" and optional) and _NAME.fullmatch(value) is None:
+        raise MessageRejected("text", f"{where}={_shown(value)}: expected 1 to 128 letters, digits or _.:/@+-")
+
+
+def check_pattern(where: str, value: str) -> None:
+    """Refuse anything but an id or a shell pattern of ids."""
+    _check_type(where, value, str)
+    if _PATTERN.fullmatch(value) is None:
+        raise MessageRejected("text", f"{where}={_shown(value)}: expected a name or a shell pattern of at most 128")
+
+
+def check_text(where: str, value: str) -> None:
+    """Refuse text for people that is too long or could steer a terminal."""
+    _check_type(where, value, str)
+    if len(value) > MAX_STRING_CHARS or not value.isprintable():
+        raise MessageRejected("text", f"{where}={_shown(value)}: expected at most 128 printable characters")
+
+
+def check_number(where: str, value: object, bound: float) -> None:
+    """Refuse NaN, infinities and magnitudes above ``bound``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise MessageRejected("type", f"{where}: expected a number, not {type(value).__name__}")
+    if not -bound <= value <= bound:
+        code = "range" if math.isfinite(value) else "not_finite"
+        raise MessageRejected(code, f"{where}={value}: expected a finite number of magnitude {bound:g} or less")
+
+
+def check_integer(where: str, value: object, most: int) -> None:
+    """Refuse anything but an integer from 0 to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise MessageRejected("type", f"{where}: expected an integer, not {type(value).__name__}")
+    if not 0 <= value <= most:
+        raise MessageRejected("range", f"{where}={value}: expected 0 to {most}")
+
+
+def check_enum(where: str, value: object, kind: type[IntEnum]) -> None:
+    """Refuse anything but a member of ``kind``; a bare number is none."""
+    _check_type(where, value, kind)
+
+
+def check_numbers(where: str, values: Mapping[str, float], *, most: int, bound: float) -> None:
+    """Check a map of named numbers: at most ``most`` entries, names as keys, magnitudes up to ``bound``."""
+    if not values:
+        return
+    check_count(where, len(values), most)
+    for key, value in values.items():
+        check_name(f"key of {where}", key)
+        check_number(f"{where}[{key}]", value, bound)
+
+
+def check_count(where: str, count: int, most: int) -> None:
+    """Refuse a collection with more than ``most`` elements."""
+    if count > most:
+        raise MessageRejected("count", f"{where}: {count} elements, at most {most} are accepted")
+
+
+def check_size(where: str, raw: bytes, most: int) -> None:
+    """Refuse a message of more than ``most`` bytes."""
+    if len(raw) > most:
+        raise MessageRejected("size", f"{where}: {len(raw)} bytes, at most {most} are accepted")
+
+
+def check_version(where: str, version: int) -> None:
+    """Refuse a message of another major version."""
+    if version != MESSAGE_VERSION:
+        raise MessageRejected("version", f"{where}: message version {version}, only {MESSAGE_VERSION} is understood")
+
+
+def _check_type(where: str, value: object, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise MessageRejected("type", f"{where}: expected {expected.__name__}, not {type(value).__name__}")
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= 40 else value[:40] + "...")
