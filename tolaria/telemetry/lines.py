@@ -12,10 +12,12 @@ from typing import Any, TypeAlias
 
 from tolaria.errors import RunDirError
 
-JSON: TypeAlias = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
 MAX_TEXT = 4000
 """Longest string that goes into a line, in characters; the rest is cut off."""
+
+_NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def to_json(value: object) -> JSON:
@@ -23,21 +25,13 @@ def to_json(value: object) -> JSON:
 
     Anything else that JSON does not know becomes its ``str()``. Strings are cut at MAX_TEXT characters.
     """
-    if isinstance(value, Enum):
-        return value.name
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, bytes):
-        return value.hex()[:MAX_TEXT]
+    if value is None or (isinstance(value, bool | int | float) and not isinstance(value, Enum)):
+        return value if not isinstance(value, float) or math.isfinite(value) else _NON_FINITE[str(float(value))]
     if isinstance(value, Mapping):
         return {str(to_json(k)): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(v) for v in value]
-    text = str(value)
+    text = value.name if isinstance(value, Enum) else value.hex() if isinstance(value, bytes) else str(value)
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + f"... ({len(text)} characters)"
 
 

@@ -17,6 +17,7 @@ class Mean:
 
     @property
     def value(self) -> float:
+        """The mean itself."""
         return self.total / self.count if self.count else float("nan")
 
 
