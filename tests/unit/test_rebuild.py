@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pytest
 import torch
@@ -25,9 +25,16 @@ from tolaria.optim.rebuild import (
     state_tensors,
 )
 
+Name: TypeAlias = Literal["adamw", "adam", "sgd", "rmsprop"]
+
 CPU = torch.device("cpu")
-NAMES = ["adamw", "adam", "sgd", "rmsprop"]
-SHAPES = {"host": [(3, 2), (3,), ()], "seed/a": [(2, 2), (2,)], "seed/b": [(4,)], "seed/c": [(1, 5), (5,)]}
+NAMES: list[Name] = ["adamw", "adam", "sgd", "rmsprop"]
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "host": [(3, 2), (3,), ()],
+    "seed/a": [(2, 2), (2,)],
+    "seed/b": [(4,)],
+    "seed/c": [(1, 5), (5,)],
+}
 
 
 def make_groups(*names: str, salt: int = 0) -> dict[str, dict[str, nn.Parameter]]:
@@ -77,7 +84,7 @@ def parameter_names(groups: Groups, *chosen: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_build_names_groups_and_is_fused_where_torch_has_it(name: str) -> None:
+def test_build_names_groups_and_is_fused_where_torch_has_it(name: Name) -> None:
     groups = make_groups("host", "seed/a")
     optimizer = build_optimizer(OptimConfig(name=name, lr=0.5, weight_decay=0.03), groups, CPU)
     assert [group["name"] for group in optimizer.param_groups] == ["host", "seed/a"]
@@ -107,7 +114,7 @@ def test_build_falls_back_to_foreach_for_parameters_that_fused_does_not_take() -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_empty_group_steps(name: str) -> None:
+def test_an_empty_group_steps(name: Name) -> None:
     groups = {**make_groups("host"), "seed/a": {}}
     optimizer = build_optimizer(OptimConfig(name=name), groups, CPU)
     before = clones(named_parameters(optimizer))
@@ -127,7 +134,7 @@ def test_names_and_parameters_must_be_unique() -> None:
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> tuple[str, list[list[str]]]:
+def histories(draw: st.DrawFn) -> tuple[Name, list[list[str]]]:
     """An optimizer name and a sequence of group lists; the host is in all of them, at any place."""
     seeds = ["seed/a", "seed/b", "seed/c"]
     layouts = []
@@ -139,7 +146,7 @@ def histories(draw: st.DrawFn) -> tuple[str, list[list[str]]]:
 
 @settings(max_examples=60, deadline=None)
 @given(histories())
-def test_the_host_never_notices_what_grows_and_dies_beside_it(history: tuple[str, list[list[str]]]) -> None:
+def test_the_host_never_notices_what_grows_and_dies_beside_it(history: tuple[Name, list[list[str]]]) -> None:
     name, layouts = history
     everything = make_groups(*SHAPES)
     current = {group: everything[group] for group in layouts[0]}
@@ -167,7 +174,7 @@ def test_the_host_never_notices_what_grows_and_dies_beside_it(history: tuple[str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_after_regroup_everything_continues_as_if_never_regrouped(name: str) -> None:
+def test_after_regroup_everything_continues_as_if_never_regrouped(name: Name) -> None:
     groups, twin = make_groups("host", "seed/a"), make_groups("host", "seed/a")
     optimizer = build_optimizer(OptimConfig(name=name), groups, CPU)
     control = build_optimizer(OptimConfig(name=name), twin, CPU)
@@ -182,7 +189,7 @@ def test_after_regroup_everything_continues_as_if_never_regrouped(name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_old_optimizer_is_usable_when_the_new_one_is_dropped(name: str) -> None:
+def test_the_old_optimizer_is_usable_when_the_new_one_is_dropped(name: Name) -> None:
     groups, twin = make_groups("host", "seed/a"), make_groups("host", "seed/a")
     optimizer = build_optimizer(OptimConfig(name=name), groups, CPU)
     control = build_optimizer(OptimConfig(name=name), twin, CPU)
@@ -210,7 +217,7 @@ def test_options_of_kept_groups_stay_and_new_ones_get_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_parameter_keeps_its_state_when_it_changes_its_group(name: str) -> None:
+def test_a_parameter_keeps_its_state_when_it_changes_its_group(name: Name) -> None:
     groups = make_groups("host", "seed/a")
     optimizer = build_optimizer(OptimConfig(name=name), groups, CPU)
     train(optimizer, groups, range(2))
@@ -222,7 +229,7 @@ def test_a_parameter_keeps_its_state_when_it_changes_its_group(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_follows_the_name_to_another_parameter_object(name: str) -> None:
+def test_state_follows_the_name_to_another_parameter_object(name: Name) -> None:
     groups = make_groups("host")
     optimizer = build_optimizer(OptimConfig(name=name), groups, CPU)
     train(optimizer, groups, range(2))
@@ -259,7 +266,7 @@ def test_losing_state_silently_is_refused() -> None:
     sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=3),
     fill=st.sampled_from([0.0, 0.25]),
 )
-def test_a_grown_shape_keeps_the_old_block(name: str, sizes: list[tuple[int, int]], fill: float) -> None:
+def test_a_grown_shape_keeps_the_old_block(name: Name, sizes: list[tuple[int, int]], fill: float) -> None:
     old_shape, new_shape = [size for size, _ in sizes], [size + more for size, more in sizes]
     small = {"host": {"w": nn.Parameter(torch.randn(old_shape))}}
     optimizer = build_optimizer(OptimConfig(name=name), small, CPU)
@@ -371,7 +378,7 @@ def test_an_optimizer_without_names_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_and_loaded_continues_as_uninterrupted(name: str) -> None:
+def test_saved_and_loaded_continues_as_uninterrupted(name: Name) -> None:
     groups, twin = make_groups("host", "seed/a"), make_groups("host", "seed/a", salt=5)
     optimizer = build_optimizer(OptimConfig(name=name, lr=0.01), groups, CPU)
     optimizer.param_groups[1]["lr"] = 0.003
@@ -448,7 +455,11 @@ def test_options_that_do_not_fit_change_nothing() -> None:
     other_names = group_options(build_optimizer(OptimConfig(), make_groups("host", "seed/b"), CPU))
     with pytest.raises(CheckpointMismatch, match="seed/b"):
         load_group_options(optimizer, other_names)
-    for change, message in [({"param_names": ["x"]}, "only on one side"), ({"options": {"zoom": 1}}, "zoom")]:
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"param_names": ["x"]}, "only on one side"),
+        ({"options": {"zoom": 1}}, "zoom"),
+    ]
+    for change, message in changes:
         with pytest.raises(CheckpointMismatch, match=message):
             load_group_options(optimizer, [{**before[0], "options": {"lr": 9.0}}, {**before[1], **change}])
     assert group_options(optimizer) == before

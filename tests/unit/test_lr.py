@@ -1,0 +1,408 @@
+"""The learning-rate controller: schedules, seeds, commands, integrity, resume."""
+
+import json
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from tolaria.config import LRConfig
+from tolaria.errors import CheckpointMismatch, CommandRefused
+from tolaria.optim.lr import HISTORY_LENGTH, LRController, LRViolation
+
+POLICIES = ["constant", "linear", "cosine", "step", "wsd"]
+
+
+def make_optimizer(*names: str) -> Optimizer:
+    return SGD([{"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": 123.0} for name in names])
+
+
+def host_only(base_lr: float = 1.0, total_steps: int = 101, **config: Any) -> LRController:
+    controller = LRController(LRConfig(**config), base_lr, total_steps)
+    controller.add_group("host")
+    return controller
+
+
+def with_seed(born_step: int = 0, **config: Any) -> LRController:
+    controller = host_only(**{"policy": "constant", **config})
+    controller.add_group("seed/a", "seed", born_step)
+    return controller
+
+
+def rates(controller: LRController, *steps: int, name: str = "host") -> list[float]:
+    return [controller.lr_at(name, step) for step in steps]
+
+
+def refused(controller: LRController, pattern: str, factor: float, *, conservative: bool = False) -> str:
+    """The code of a refusal that changed nothing, not even when asked for a plan."""
+    before = controller.state_dict()
+    with pytest.raises(CommandRefused) as plan:
+        controller.plan_scale(pattern, factor, conservative=conservative)
+    with pytest.raises(CommandRefused) as caught:
+        controller.scale(pattern, factor, conservative=conservative)
+    assert controller.state_dict() == before
+    assert plan.value.code == caught.value.code
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"policy": "constant"}, {0: 1, 50: 1, 100: 1, 500: 1}),
+        ({"policy": "linear", "final_ratio": 0.2}, {0: 1, 50: 0.6, 100: 0.2, 500: 0.2}),
+        ({"policy": "linear", "final_ratio": 0, "decay_steps": 51}, {0: 1, 25: 0.5, 50: 0, 100: 0}),
+        ({"policy": "cosine", "final_ratio": 0.1}, {0: 1, 50: 0.55, 100: 0.1, 500: 0.1}),
+        ({"policy": "cosine", "final_ratio": 0}, {25: 0.5 + 0.5 * math.sqrt(0.5), 75: 0.5 - 0.5 * math.sqrt(0.5)}),
+        ({"policy": "step", "step_every": 30, "step_factor": 0.5}, {0: 1, 29: 1, 30: 0.5, 60: 0.25, 500: 0.5**16}),
+        ({"policy": "wsd", "final_ratio": 0.1, "wsd_decay_share": 0.2}, {0: 1, 80: 1, 90: 0.55, 100: 0.1, 500: 0.1}),
+        ({"policy": "wsd", "wsd_decay_share": 0.0}, {0: 1, 100: 1, 500: 1}),
+        ({"policy": "wsd", "wsd_decay_share": 1.0, "final_ratio": 0}, {0: 1, 50: 0.5, 100: 0}),
+    ],
+)
+def test_schedules(config: dict[str, Any], expected: dict[int, float]) -> None:
+    controller = host_only(base_lr=0.5, **config)
+    assert rates(controller, *expected) == pytest.approx([0.5 * share for share in expected.values()], abs=1e-15)
+
+
+def test_both_ends_are_met_exactly() -> None:
+    for policy in ("linear", "cosine", "wsd"):
+        assert rates(host_only(policy=policy, final_ratio=0.1), 0, 100, 101) == [1.0, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_warm_up_rises_from_above_zero_to_the_peak(policy: str) -> None:
+    controller = host_only(policy=policy, warmup_steps=4)
+    assert rates(controller, *range(5)) == [0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def test_drops_of_the_step_schedule_count_from_the_end_of_the_warm_up() -> None:
+    controller = host_only(policy="step", warmup_steps=10, step_every=5, step_factor=0.5)
+    assert rates(controller, 10, 14, 15, 20) == [1.0, 1.0, 0.5, 0.25]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    policy=st.sampled_from(POLICIES),
+    warmup=st.integers(0, 30),
+    decay=st.integers(0, 60),
+    total=st.integers(1, 60),
+    ratio=st.floats(0, 1),
+    share=st.floats(0, 1),
+)
+def test_every_schedule_stays_between_its_ends_and_falls_after_the_warm_up(
+    policy: Any, warmup: int, decay: int, total: int, ratio: float, share: float
+) -> None:
+    controller = host_only(
+        total_steps=total, policy=policy, warmup_steps=warmup, decay_steps=decay, final_ratio=ratio,
+        wsd_decay_share=share, step_every=7,
+    )  # fmt: skip
+    course = rates(controller, *range(100))
+    assert all(0 < lr <= 1 for lr in course[: warmup + 1])
+    assert course[: warmup + 1] == sorted(course[: warmup + 1])
+    after = course[warmup:]
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(after))
+    if policy != "step":
+        assert min(after) >= min(1.0, ratio) - 1e-12
+
+
+def test_seed_warm_up_from_a_hundredth_of_its_rate() -> None:
+    controller = with_seed(10, base_lr=2.0, seed_policy="seed_warmup", seed_ratio=0.5, seed_warmup_steps=20)
+    assert rates(controller, 0, 10, name="seed/a") == [0.01, 0.01]
+    assert rates(controller, 20, name="seed/a") == pytest.approx([0.505])
+    assert rates(controller, 30, 1000, name="seed/a") == [1.0, 1.0]
+
+
+def test_seed_without_warm_up_starts_at_its_rate() -> None:
+    assert with_seed(seed_warmup_steps=0, seed_ratio=0.5).lr_at("seed/a", 0) == 0.5
+
+
+def test_seeds_follow_the_hosts_schedule() -> None:
+    controller = with_seed(policy="linear", final_ratio=0, seed_warmup_steps=0, seed_ratio=0.5)
+    assert rates(controller, 0, 50, 100, name="seed/a") == [0.5, 0.25, 0.0]
+
+
+def test_adaptive_seed_rises_with_its_progress() -> None:
+    controller = with_seed(seed_policy="morpho_adaptive", seed_ratio=0.9)
+    seen = []
+    for fraction in (0.0, 0.5, 1.0):
+        controller.set_progress("seed/a", fraction)
+        seen.append(controller.lr_at("seed/a", 7))
+    assert seen == pytest.approx([0.1, 0.5, 0.9])
+    assert with_seed(seed_policy="morpho_adaptive", seed_ratio=0.05).lr_at("seed/a", 0) == 0.05
+    for fraction in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="seed/a"):
+            controller.set_progress("seed/a", fraction)
+
+
+def test_frozen_seed_has_rate_zero_until_it_follows_the_host() -> None:
+    controller = with_seed(seed_policy="frozen")
+    assert controller.lr_at("seed/a", 1000) == 0.0
+    controller.follow_host("seed/a")
+    assert controller.lr_at("seed/a", 1000) == 1.0
+    assert (controller.history[-1].cause, controller.history[-1].old_lr, controller.history[-1].new_lr) == (
+        "follow_host", 0.0, 1.0,
+    )  # fmt: skip
+
+
+def test_apply_writes_every_group() -> None:
+    controller = with_seed(policy="linear", final_ratio=0, seed_ratio=0.5, seed_warmup_steps=0)
+    optimizer = make_optimizer("seed/a", "host")
+    assert controller.apply(optimizer, 50) == []
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5]
+    assert controller.apply(optimizer, 100) == []
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_a_group_that_was_never_added_is_an_error_and_nothing_is_written() -> None:
+    optimizer = make_optimizer("host", "seed/x")
+    with pytest.raises(KeyError, match="seed/x"):
+        host_only().apply(optimizer, 0)
+    assert [group["lr"] for group in optimizer.param_groups] == [123.0, 123.0]
+
+
+def test_foreign_changes_are_found_corrected_and_open_the_breaker_at_the_third() -> None:
+    controller, optimizer = host_only(policy="constant"), make_optimizer("host")
+    assert controller.apply(optimizer, 0) == []  # 123.0 was there before the controller
+    for step, foreign in enumerate([0.5, 1.0 + 2e-6], start=1):
+        optimizer.param_groups[0]["lr"] = foreign
+        assert controller.apply(optimizer, step) == [LRViolation(step, "host", 1.0, foreign)]
+        assert optimizer.param_groups[0]["lr"] == 1.0
+        assert not controller.tampered
+    optimizer.param_groups[0]["lr"] = math.nan
+    [violation] = controller.apply(optimizer, 3)
+    assert math.isnan(violation.found)
+    assert controller.tampered
+    assert [change.cause for change in controller.history[-3:]] == ["corrected"] * 3
+    controller.reset_integrity()
+    assert not controller.tampered
+
+
+def test_rounding_is_no_foreign_change() -> None:
+    controller, optimizer = host_only(policy="constant"), make_optimizer("host")
+    controller.apply(optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 1.0 + 0.9e-6
+    assert controller.apply(optimizer, 1) == []
+    frozen, optimizer = with_seed(seed_policy="frozen"), make_optimizer("seed/a")
+    frozen.apply(optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.9e-12
+    assert frozen.apply(optimizer, 1) == []
+    optimizer.param_groups[0]["lr"] = 1.1e-12
+    assert len(frozen.apply(optimizer, 2)) == 1
+
+
+def test_own_changes_are_no_violations() -> None:
+    controller, optimizer = with_seed(policy="cosine"), make_optimizer("host", "seed/a")
+    for step in range(5):
+        assert controller.apply(optimizer, step) == []
+        controller.scale("*", 0.9, conservative=False)
+    controller.remove_group("seed/a")
+    controller.add_group("seed/a", "seed", 5)
+    rebuilt = make_optimizer("host", "seed/a")
+    rebuilt.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
+    assert controller.apply(rebuilt, 5) == []
+
+
+def test_a_command_scales_the_groups_it_names_once() -> None:
+    controller, optimizer = with_seed(seed_warmup_steps=0), make_optimizer("host", "seed/a")
+    controller.apply(optimizer, 3)
+    plan = controller.plan_scale("host", 0.5, conservative=True)
+    assert rates(controller, 4) == [1.0]
+    [change] = controller.scale("host", 0.5, conservative=True)
+    assert plan == [change]
+    assert (change.step, change.group, change.cause) == (4, "host", "command")
+    assert (change.old_lr, change.new_lr, change.scale) == (1.0, 0.5, 0.5)
+    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.5, 1.0)
+    assert [c.group for c in controller.scale("*", 0.5, conservative=False)] == ["host", "seed/a"]
+    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.25, 0.5)
+    assert [c.group for c in controller.scale("seed/?", 4.0, conservative=False)] == ["seed/a"]
+    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.25, 2.0)
+
+
+def test_refused_commands_change_nothing() -> None:
+    controller = with_seed(min_scale=0.1, max_scale=4.0)
+    controller.scale("seed/a", 2.0, conservative=False)
+    assert refused(controller, "seed/b", 0.5) == "unknown_group"
+    assert refused(controller, "*", 3.0) == "lr_out_of_bounds"  # fits the host, not the seed
+    assert refused(controller, "host", 0.09) == "lr_out_of_bounds"
+    assert refused(controller, "host", 1.01, conservative=True) == "lr_increase_conservative"
+    for factor in (0.0, -1.0, math.nan, math.inf):
+        assert refused(controller, "host", factor) == "invalid_factor"
+
+
+def test_the_bounds_themselves_can_be_reached_in_rounded_steps() -> None:
+    controller = host_only(policy="constant", max_scale=10.0, min_scale=0.001)
+    for _ in range(3):
+        controller.scale("host", 10.0 ** (1 / 3), conservative=False)
+    assert controller.lr_at("host", 0) == pytest.approx(10.0)
+    for _ in range(4):
+        controller.scale("host", 0.1, conservative=False)
+    assert 0.001 <= controller.lr_at("host", 0) == pytest.approx(0.001)
+
+
+def test_groups_are_added_once_and_removed_wholly() -> None:
+    controller = with_seed()
+    controller.scale("seed/a", 0.5, conservative=False)
+    with pytest.raises(ValueError, match="'seed/a' exists"):
+        controller.add_group("seed/a", "seed")
+    controller.remove_group("seed/a")
+    assert controller.groups == ("host",)
+    for call in (controller.remove_group, controller.follow_host, lambda n: controller.lr_at(n, 0)):
+        with pytest.raises(KeyError, match="seed/a"):
+            call("seed/a")
+    controller.add_group("seed/a", "seed", 0)
+    assert controller.lr_at("seed/a", 1000) == 1.0
+    assert [c.cause for c in controller.history] == ["added", "added", "command", "removed", "added"]
+    with pytest.raises(ValueError, match="kind"):
+        controller.add_group("x", "pilot")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="born_step"):
+        controller.add_group("x", "seed", -1)
+
+
+def test_history_keeps_the_last_thousand() -> None:
+    controller = host_only(policy="constant")
+    for number in range(HISTORY_LENGTH + 5):
+        controller.scale("host", 2.0 if number % 2 else 0.5, conservative=False)
+    assert HISTORY_LENGTH == len(controller.history) == 1000
+    assert controller.history[-1].scale == 0.5
+    assert all(change.cause == "command" for change in controller.history)
+
+
+@pytest.mark.parametrize(("base_lr", "total_steps"), [(0.0, 1), (math.nan, 1), (math.inf, 1), (-1.0, 1), (1.0, 0)])
+def test_impossible_arguments(base_lr: float, total_steps: int) -> None:
+    with pytest.raises(ValueError, match=r"base_lr|total_steps"):
+        LRController(LRConfig(), base_lr, total_steps)
+
+
+Action = tuple[str, Any]
+ACTIONS = st.one_of(
+    st.tuples(st.just("step"), st.integers(1, 3)),
+    st.tuples(st.just("scale"), st.sampled_from([0.5, 0.9, 1.5])),
+    st.tuples(st.just("toggle"), st.sampled_from(["seed/a", "seed/b"])),
+    st.tuples(st.just("progress"), st.floats(0, 1)),
+    st.tuples(st.just("tamper"), st.floats(2, 3)),
+)
+
+
+def toggle(controller: LRController, optimizer: Optimizer, name: str, step: int) -> None:
+    """Grow the group, or cull it when it is there."""
+    if name in controller.groups:
+        controller.remove_group(name)
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["name"] != name]
+    else:
+        controller.add_group(name, "seed", step)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": 5.0})
+
+
+def scale_all(controller: LRController, factor: float) -> bool:
+    try:
+        controller.scale("*", factor, conservative=False)
+    except CommandRefused:
+        return False
+    return True
+
+
+def play(controller: LRController, optimizer: Optimizer, step: int, actions: list[Action]) -> list[Any]:
+    """Drive controller and optimizer through the actions from ``step``; what every step and command came to."""
+    course: list[Any] = []
+    for kind, value in actions:
+        match kind:
+            case "step":
+                for now in range(step, step + value):
+                    controller.apply(optimizer, now)
+                    course.append([group["lr"] for group in optimizer.param_groups])
+                step += value
+            case "scale":
+                course.append(scale_all(controller, value))
+            case "toggle":
+                toggle(controller, optimizer, value, step)
+            case "progress":
+                for name in controller.groups[1:]:
+                    controller.set_progress(name, value)
+            case "tamper":
+                optimizer.param_groups[0]["lr"] = value
+    return course
+
+
+def steps_in(actions: list[Action]) -> int:
+    return sum(value for kind, value in actions if kind == "step")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(POLICIES), st.sampled_from(["seed_warmup", "morpho_adaptive", "frozen"]),
+    st.lists(ACTIONS, max_size=12), st.lists(ACTIONS, max_size=12),
+)  # fmt: skip
+def test_resume_is_bit_equal_to_an_uninterrupted_run(
+    policy: Any, seed_policy: Any, first: list[Action], second: list[Action]
+) -> None:
+    first = [*first, ("step", 1)]  # a foreign change right before the cut is found only where it was made
+    config = LRConfig(policy=policy, seed_policy=seed_policy, warmup_steps=3, step_every=4, seed_warmup_steps=5)
+    controller, optimizer = LRController(config, 0.3, 30), make_optimizer("host")
+    controller.add_group("host")
+    play(controller, optimizer, 0, first)
+
+    resumed = LRController(config, 0.3, 30)
+    resumed.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert resumed.state_dict() == controller.state_dict()
+    fresh = make_optimizer(*[group["name"] for group in optimizer.param_groups])
+    second = [("step", 1), *second, ("step", 1)]
+    expected = play(controller, optimizer, steps_in(first), second)
+    assert play(resumed, fresh, steps_in(first), second) == expected
+    assert resumed.state_dict() == controller.state_dict()
+    assert resumed.tampered == controller.tampered
+
+
+def test_two_ranks_that_do_the_same_hold_the_same() -> None:
+    actions: list[Action] = [
+        ("step", 3),
+        ("toggle", "seed/a"),
+        ("scale", 0.9),
+        ("step", 3),
+        ("tamper", 2.5),
+        ("step", 1),
+    ]
+    states = []
+    for _ in range(2):
+        controller, optimizer = host_only(policy="cosine"), make_optimizer("host")
+        play(controller, optimizer, 0, actions)
+        states.append(controller.state_dict())
+    assert states[0] == states[1]
+    assert len(states[0]["history"]) == 5
+
+
+def damage(state: dict[str, Any], how: str) -> dict[str, Any]:
+    match how:
+        case "missing":
+            del state["groups"]
+        case "field":
+            state["groups"]["host"]["colour"] = 1
+        case "type":
+            state["groups"]["host"]["scale"] = "big"
+        case "nan":
+            state["groups"]["host"]["scale"] = math.nan
+        case "kind":
+            state["groups"]["host"]["kind"] = "pilot"
+        case "born":
+            state["groups"]["host"]["born_step"] = -1
+        case "progress":
+            state["groups"]["host"]["progress"] = 2.0
+        case "history":
+            state["history"].append([1, 2])
+        case "list":
+            state["groups"] = []
+    return state
+
+
+@pytest.mark.parametrize("how", ["missing", "field", "type", "nan", "kind", "born", "progress", "history", "list"])
+def test_damaged_state_is_refused_and_changes_nothing(how: str) -> None:
+    controller = with_seed()
+    before = controller.state_dict()
+    with pytest.raises(CheckpointMismatch):
+        controller.load_state_dict(damage(host_only().state_dict(), how))
+    assert controller.state_dict() == before
