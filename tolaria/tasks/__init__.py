@@ -1,0 +1,1 @@
+"""Tasks that train on data found on every machine."""
