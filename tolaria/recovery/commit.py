@@ -25,7 +25,7 @@ import safetensors
 import torch
 
 from tolaria.dist import Peers
-from tolaria.errors import RunDirError
+from tolaria.errors import RunDirError, RunLocked
 from tolaria.recovery import manifest as layout
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.shards import Shard, assign_to_ranks, build_shard, build_state
@@ -37,9 +37,11 @@ FREE_SPACE_MARGIN_BYTES = 16 * 1024 * 1024
 _OK = 0
 _STAGED_BYTES_CHANGED = -1
 _NOT_OWNER = -2
+_OWNER_UNKNOWN = -3
 _TEXTS = {
     _STAGED_BYTES_CHANGED: "the staged bytes changed while they were written",
     _NOT_OWNER: "another start has taken over this run directory",
+    _OWNER_UNKNOWN: "the record of who owns this run directory cannot be read",
 }
 _SHA = struct.Struct("!4q")
 
@@ -159,8 +161,10 @@ class Committer:
                 seq = self._open_locally(staged.step, total)
             except OSError as error:
                 code = error.errno or errno.EIO
-            except RunDirError:
+            except RunLocked:
                 code = _NOT_OWNER
+            except RunDirError:
+                code = _OWNER_UNKNOWN
         code, seq = self._peers.gather([code, seq])[0]
         self._require([code], "opening a checkpoint")
         return seq
@@ -231,8 +235,10 @@ class Committer:
                 self._fs.fsync_dir(self._root)
             except OSError as error:
                 code = error.errno or errno.EIO
-            except RunDirError:
+            except RunLocked:
                 code = _NOT_OWNER
+            except RunDirError:
+                code = _OWNER_UNKNOWN
         self._require(self._peers.gather([code])[0], "committing a checkpoint", tmp)
         return final
 

@@ -82,8 +82,8 @@ class CheckpointWriter:
     """Writes checkpoints of one run under ``root``, one at a time, and keeps the newest ``keep``.
 
     peers: collectives for the writer's thread alone; no other thread may use them while a save is in flight.
-    check_owner: called on rank 0 before a save touches the disk and right before its commit; raises RunDirError
-    when another start has taken the run over.
+    check_owner: called on rank 0 before a save touches the disk and right before its commit; raises RunLocked
+    when another start has taken the run over, RunDirError when that cannot be told.
     Before the first save rank 0 holds the run's lock: what unfinished saves left under ``root`` is deleted.
     """
 
