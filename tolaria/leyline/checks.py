@@ -12,6 +12,7 @@ from tolaria.leyline.limits import (
     check_count,
     check_enum,
     check_integer,
+    check_mapping,
     check_name,
     check_number,
     check_numbers,
@@ -106,6 +107,7 @@ def check_command(command: Command) -> None:
     check_text("command.issued_by", command.issued_by)
     check_integer("command.execution_deadline_ms", command.execution_deadline_ms, limits.MAX_UINT32)
     check_integer("command.issued_at_ns", command.issued_at_ns, limits.MAX_TIME_NS)
+    check_mapping("command.annotations", command.annotations)
     check_count("command.annotations", len(command.annotations), limits.MAX_ANNOTATIONS)
     for key, text in command.annotations.items():
         check_name("key of command.annotations", key)

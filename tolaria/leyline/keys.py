@@ -121,13 +121,15 @@ def _read_private(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the key file ({error.strerror})") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: a key file must be a regular file")
         if status.st_mode & 0o077 or status.st_uid != os.geteuid():
             raise ConfigError(f"{path}: only its owner may read a key file; chown it to yourself and chmod 600 it")
-        content = file.read(MAX_KEY_FILE_BYTES + 1)
+        content = os.read(descriptor, MAX_KEY_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_KEY_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_KEY_FILE_BYTES} bytes, not a key file")
     return content

@@ -80,8 +80,8 @@ def check_number(where: str, value: object, bound: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise MessageRejected("type", f"{where}: expected a number, not {type(value).__name__}")
     if not -bound <= value <= bound:
-        code = "range" if math.isfinite(value) else "not_finite"
-        raise MessageRejected(code, f"{where}={value}: expected a finite number of magnitude {bound:g} or less")
+        code = "range" if isinstance(value, int) or math.isfinite(value) else "not_finite"
+        raise MessageRejected(code, f"{where}={_shown_number(value)}: expected a finite number up to +-{bound:g}")
 
 
 def check_integer(where: str, value: object, most: int) -> None:
@@ -89,7 +89,7 @@ def check_integer(where: str, value: object, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise MessageRejected("type", f"{where}: expected an integer, not {type(value).__name__}")
     if not 0 <= value <= most:
-        raise MessageRejected("range", f"{where}={value}: expected 0 to {most}")
+        raise MessageRejected("range", f"{where}={_shown_number(value)}: expected 0 to {most}")
 
 
 def check_enum(where: str, value: object, kind: type[IntEnum]) -> None:
@@ -97,10 +97,14 @@ def check_enum(where: str, value: object, kind: type[IntEnum]) -> None:
     _check_type(where, value, kind)
 
 
+def check_mapping(where: str, values: object) -> None:
+    """Refuse anything but a mapping."""
+    _check_type(where, values, Mapping)
+
+
 def check_numbers(where: str, values: Mapping[str, float], *, most: int, bound: float) -> None:
     """Check a map of named numbers: at most ``most`` entries, names as keys, magnitudes up to ``bound``."""
-    if not values:
-        return
+    check_mapping(where, values)
     check_count(where, len(values), most)
     for key, value in values.items():
         check_name(f"key of {where}", key)
@@ -132,3 +136,10 @@ def _check_type(where: str, value: object, expected: type) -> None:
 
 def _shown(value: str) -> str:
     return repr(value if len(value) <= 40 else value[:40] + "...")
+
+
+def _shown_number(value: int | float) -> str:
+    # Python refuses to print integers of thousands of digits.
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
