@@ -1,0 +1,135 @@
+"""The policy that plays a file: boundary -> commands. For rehearsals, tests, and people who know what they want.
+
+A script is a TOML file. ``version`` is optional; each ``[[command]]`` is one command, given at its boundary in the
+order of the file:
+
+    version = "rehearsal-1"
+
+    [[command]]
+    boundary = 3                      # number of the boundary, the first one is 1
+    op = "germinate"
+    slot = "middle"
+    blueprint = "residual_mlp"
+    parameters = { hidden = 32 }      # optional, numbers handed to the blueprint
+    reason = "third boundary"         # optional with every command
+
+    [[command]]
+    boundary = 4
+    op = "scale_lr"
+    group = "host*"                   # a group of parameters or a shell pattern
+    factor = 0.5
+
+    op              further keys
+    germinate       slot, blueprint, parameters (optional)
+    start_training, start_grafting, stabilize, evaluate, fine_tune, fossilize, cull, cancel
+                    slot
+    scale_lr        group, factor
+    rollback        step (optional; without it: the newest good checkpoint)
+    conservative    on (true or false)
+    pause
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tolaria.errors import ConfigError, MessageRejected
+from tolaria.leyline.codec import encode_command
+from tolaria.leyline.types import Command, FieldReport, SeedOp, SystemState
+from tolaria.tamiyo import policy as do
+from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
+
+_NUMBER = (int, float)
+_ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
+_OPTIONAL = frozenset({"reason", "parameters", "step"})
+_KEYS: dict[str, dict[str, Any]] = {
+    **{op.name.lower(): {"slot": str} for op in SeedOp},
+    "germinate": {"slot": str, "blueprint": str, "parameters": dict},
+    "scale_lr": {"group": str, "factor": _NUMBER},
+    "rollback": {"step": int},
+    "conservative": {"on": bool},
+    "pause": {},
+}
+"""op -> its keys, beside those of every command, with their types."""
+
+
+class ScriptPolicy(Policy):
+    """Gives the commands that a script file names for a boundary. The answer depends on the boundary alone."""
+
+    def __init__(self, *, file: str) -> None:
+        """Reads the whole file; raises ConfigError that names the file, the command and the key."""
+        self.version, self._commands = load_script(Path(file))
+
+    def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
+        """The script's commands for this boundary."""
+        return list(self._commands.get(boundary_of(state), []))
+
+
+def load_script(path: Path) -> tuple[str, dict[int, list[Command]]]:
+    """Version and commands by boundary of a script file. Raises ConfigError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"policy script {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"policy script {path}: not TOML ({error})") from error
+    version = content.pop("version", f"script:{path.name}")
+    entries = content.pop("command", [])
+    if content or type(version) is not str or type(entries) is not list:
+        raise ConfigError(f"policy script {path}: expected only version and [[command]], found {sorted(content)}")
+    commands: dict[int, list[Command]] = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"policy script {path}, command {number}"
+        boundary, command = _read_entry(entry, where)
+        commands.setdefault(boundary, []).append(command)
+    return version, commands
+
+
+def _read_entry(entry: Any, where: str) -> tuple[int, Command]:
+    op = entry.get("op") if isinstance(entry, dict) else None
+    if op not in _KEYS:
+        raise ConfigError(f"{where}: op={op!r}; expected one of {', '.join(_KEYS)}")
+    where = f"{where} ({op})"
+    accepted = {**_ALWAYS, **_KEYS[op]}
+    for key, value in entry.items():
+        if key not in accepted:
+            raise ConfigError(f"{where}: unknown key {key!r}; expected {', '.join(accepted)}")
+        _check_type(value, accepted[key], f"{where}: {key}")
+    missing = [key for key in accepted if key not in entry and key not in _OPTIONAL]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(missing)} missing")
+    command = _command(op, entry)
+    try:
+        encode_command(with_identity(command, "script", issued_by="script", issued_at_ns=0))
+    except MessageRejected as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return entry["boundary"], command
+
+
+def _command(op: str, entry: Mapping[str, Any]) -> Command:
+    reason = entry.get("reason", "script")
+    match op:
+        case "scale_lr":
+            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "rollback":
+            return do.rollback(step=entry.get("step"), reason=reason)
+        case "conservative":
+            return do.conservative(entry["on"], reason=reason)
+        case "pause":
+            return do.pause(reason=reason)
+        case _:
+            return do.seed_command(
+                SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""),
+                parameters=entry.get("parameters"), reason=reason,
+            )  # fmt: skip
+
+
+def _check_type(value: Any, accepted: Any, where: str) -> None:
+    kinds = accepted if isinstance(accepted, tuple) else (accepted,)
+    # type() and not isinstance: a bool is no number here.
+    if type(value) not in kinds:
+        raise ConfigError(f"{where}={value!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+    if isinstance(value, dict):
+        for name, number in value.items():
+            _check_type(number, _NUMBER, f"{where}.{name}")

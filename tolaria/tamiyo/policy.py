@@ -1,0 +1,162 @@
+"""A policy: the class that a user writes to steer a run, and short constructors for its commands.
+
+    from tolaria.tamiyo.policy import Policy, germinate
+
+    class GrowOnce(Policy):
+        version = "grow-once-1"
+
+        def decide(self, state, reports):
+            if state.current_epoch == 3:
+                return [germinate("middle", "residual_mlp", reason="third epoch")]
+            return []
+
+Run it with ``--tamiyo.policy my_package.my_module:GrowOnce`` or as a service of its own with
+``python -m tolaria.tamiyo.server``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tolaria.leyline.limits import clip_text
+from tolaria.leyline.types import (
+    BreakerCommand,
+    CircuitState,
+    Command,
+    CommandType,
+    FieldReport,
+    OptimizerCommand,
+    RollbackCommand,
+    SeedCommand,
+    SeedOp,
+    SystemState,
+)
+
+LR_SCALE = "lr_scale"
+"""Hyperparameter of an OptimizerCommand: the factor by which a group's learning rate is multiplied."""
+
+BOUNDARY = "boundary"
+"""Key of `SystemState.training_metrics` under which the server gives a policy the number of the boundary."""
+
+
+def boundary_of(state: SystemState) -> int:
+    """Number of the boundary that a state describes; its epoch when the state did not come through a server."""
+    return int(state.training_metrics.get(BOUNDARY, state.current_epoch))
+
+
+def with_identity(command: Command, command_id: str, *, issued_by: str, issued_at_ns: int) -> Command:
+    """The command with what a policy may leave open filled in; what it did fill stays."""
+    return replace(
+        command,
+        command_id=command.command_id or command_id,
+        issued_by=command.issued_by or issued_by,
+        issued_at_ns=command.issued_at_ns or issued_at_ns,
+    )
+
+
+class Policy:
+    """Steers one run. The server makes one instance per run and calls it from one thread.
+
+    ``version`` names the policy and its settings in every record of the run: at most 128 printable
+    characters. Empty: the class's import path.
+    """
+
+    version: str = ""
+
+    def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
+        """Commands for this boundary, in the order in which they are to be applied; none is an answer too.
+
+        state: the run at this boundary, over all ranks; ``training_metrics["boundary"]`` is the boundary's number.
+        reports: what became of earlier commands; one may come more than once (same ``report_id``).
+        An answer after the trainer's deadline is lost. An exception is logged and answered with no commands.
+        A restart of the trainer restarts an embedded policy: what a decision needs should come from ``state``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define decide(self, state, reports)")
+
+
+def seed_command(
+    operation: SeedOp,
+    slot: str,
+    *,
+    blueprint: str = "",
+    parameters: Mapping[str, float] | None = None,
+    reason: str = "",
+) -> Command:
+    """Any operation on the seed in a slot. The short forms below are the usual ones."""
+    payload = SeedCommand(operation=operation, blueprint_id=blueprint, parameters=dict(parameters or {}))
+    return Command(
+        command_id="", command_type=CommandType.SEED, target_seed_id=slot, payload=payload, annotations=_why(reason)
+    )
+
+
+def germinate(slot: str, blueprint: str, *, reason: str = "", **parameters: float) -> Command:
+    """Build a seed of a blueprint in a DORMANT slot; ``parameters`` are handed to the blueprint."""
+    return seed_command(SeedOp.GERMINATE, slot, blueprint=blueprint, parameters=parameters, reason=reason)
+
+
+def start_training(slot: str, *, reason: str = "") -> Command:
+    """GERMINATED to TRAINING: the seed learns behind the host, whose output stays the same."""
+    return seed_command(SeedOp.START_TRAINING, slot, reason=reason)
+
+
+def start_grafting(slot: str, *, reason: str = "") -> Command:
+    """TRAINING to BLENDING: alpha goes from 0 to 1 over the following optimizer steps."""
+    return seed_command(SeedOp.START_GRAFTING, slot, reason=reason)
+
+
+def stabilize(slot: str, *, reason: str = "") -> Command:
+    """BLENDING (alpha at 1) to SHADOWING: host output again, the seed probed in validation."""
+    return seed_command(SeedOp.STABILIZE, slot, reason=reason)
+
+
+def evaluate(slot: str, *, reason: str = "") -> Command:
+    """SHADOWING to PROBATIONARY: fully active, its contribution measured."""
+    return seed_command(SeedOp.EVALUATE, slot, reason=reason)
+
+
+def fine_tune(slot: str, *, reason: str = "") -> Command:
+    """Let a PROBATIONARY seed learn."""
+    return seed_command(SeedOp.FINE_TUNE, slot, reason=reason)
+
+
+def fossilize(slot: str, *, reason: str = "") -> Command:
+    """PROBATIONARY to FOSSILIZED: the seed stays, as part of the host."""
+    return seed_command(SeedOp.FOSSILIZE, slot, reason=reason)
+
+
+def cull(slot: str, *, reason: str = "") -> Command:
+    """Remove the seed; the slot is closed for the embargo."""
+    return seed_command(SeedOp.CULL, slot, reason=reason)
+
+
+def cancel(slot: str, *, reason: str = "") -> Command:
+    """Remove a GERMINATED or TRAINING seed without an embargo."""
+    return seed_command(SeedOp.CANCEL, slot, reason=reason)
+
+
+def scale_lr(group: str, factor: float, *, reason: str = "") -> Command:
+    """Multiply the learning rate of the groups whose name matches the shell pattern ``group``."""
+    payload = OptimizerCommand(optimizer_id=group, hyperparameters={LR_SCALE: factor})
+    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
+
+
+def rollback(*, step: int | None = None, reason: str = "") -> Command:
+    """Return to the newest good checkpoint, or to the one of ``step``."""
+    target = "good" if step is None else "step"
+    payload = RollbackCommand(target=target, step=-1 if step is None else step, reason=clip_text(reason))
+    return Command(command_id="", command_type=CommandType.ROLLBACK, payload=payload, annotations=_why(reason))
+
+
+def conservative(on: bool, *, reason: str = "") -> Command:
+    """Ask for conservative mode, or to leave it."""
+    desired = CircuitState.OPEN if on else CircuitState.CLOSED
+    payload = BreakerCommand(desired_state=desired, rationale=clip_text(reason))
+    return Command(command_id="", command_type=CommandType.CIRCUIT_BREAKER, payload=payload, annotations=_why(reason))
+
+
+def pause(*, reason: str = "") -> Command:
+    """Ask the run to pause at this boundary."""
+    return Command(command_id="", command_type=CommandType.PAUSE, annotations=_why(reason))
+
+
+def _why(reason: str) -> dict[str, str]:
+    return {"reason": clip_text(reason)} if reason else {}
