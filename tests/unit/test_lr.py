@@ -358,6 +358,17 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(
     assert resumed.tampered == controller.tampered
 
 
+def test_going_back_to_an_earlier_state_is_no_foreign_change() -> None:
+    controller, optimizer = host_only(policy="linear", final_ratio=0), make_optimizer("host")
+    controller.apply(optimizer, 0)
+    earlier, earlier_lr = controller.state_dict(), optimizer.param_groups[0]["lr"]
+    controller.apply(optimizer, 50)
+    controller.load_state_dict(earlier)
+    optimizer.param_groups[0]["lr"] = earlier_lr
+    assert controller.apply(optimizer, 1) == []
+    assert controller.state_dict()["violations"] == 0
+
+
 def test_two_ranks_that_do_the_same_hold_the_same() -> None:
     actions: list[Action] = [
         ("step", 3),

@@ -244,6 +244,14 @@ def test_state_follows_the_name_to_another_parameter_object(name: Name) -> None:
     assert_same(named_parameters(moved), control)
 
 
+def test_looking_at_an_optimizer_that_never_stepped_leaves_no_trace() -> None:
+    groups = make_groups("host")
+    optimizer = build_optimizer(OptimConfig(), groups, CPU)
+    assert state_tensors(optimizer) == {}
+    regroup(optimizer, groups)
+    assert len(optimizer.state) == 0
+
+
 def test_losing_state_silently_is_refused() -> None:
     groups = make_groups("host", "seed/a")
     optimizer = build_optimizer(OptimConfig(), groups, CPU)
