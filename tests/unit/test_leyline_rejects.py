@@ -136,7 +136,7 @@ COMMAND_RAW = codec.encode_command(SEED)
 WIRE: list[tuple[str, bytes, str]] = [
     ("empty", b"", "version"),
     ("unknown field", COMMAND_RAW + b"\xf8\x07\x01", "unknown_field"),
-    ("unknown field inside the payload", COMMAND_RAW[:0] + field(10, b"\x20\x01"), "unknown_field"),
+    ("unknown field inside the payload", field(10, b"\x20\x01"), "unknown_field"),
     ("field 0", b"\x02\x00", "unknown_field"),
     ("single value twice", COMMAND_RAW + field(2, b"c9"), "duplicate"),
     ("whole message twice", COMMAND_RAW + COMMAND_RAW, "duplicate"),
@@ -154,7 +154,8 @@ WIRE: list[tuple[str, bytes, str]] = [
     ("enum that the parser would cut to 1", b"\x18" + varint(2**32 + 1), "range"),
     ("negative enum", b"\x18" + varint(2**64 - 1), "range"),
     ("text that is not UTF-8", b"\x08\x01" + field(2, b"\xff\xfe"), "parse"),
-    ("nested too deep", field(13, nested(40)), "depth"),
+    ("nested three levels too deep", field(13, nested(3)), "depth"),
+    ("nested as deep as is read, but nothing else", field(13, nested(2)), "version"),
     ("too many bytes", b"\x00" * (limits.MAX_COMMAND_BYTES + 1), "size"),
 ]
 
