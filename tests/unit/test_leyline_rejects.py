@@ -125,8 +125,7 @@ def test_wrong_command_is_rejected(command: Command, edit: Callable[[Any], objec
     assert code_of(lambda: codec.decode_command(raw)) == code
 
 
-def nested(levels: int) -> bytes:
-    inner = b""
+def nested(levels: int, inner: bytes = b"") -> bytes:
     for _ in range(levels):
         inner = field(1, field(1, b"k") + field(2, field(5, inner)))
     return inner
@@ -154,7 +153,8 @@ WIRE: list[tuple[str, bytes, str]] = [
     ("enum that the parser would cut to 1", b"\x18" + varint(2**32 + 1), "range"),
     ("negative enum", b"\x18" + varint(2**64 - 1), "range"),
     ("text that is not UTF-8", b"\x08\x01" + field(2, b"\xff\xfe"), "parse"),
-    ("nested three levels too deep", field(13, nested(3)), "depth"),
+    ("nested one level too deep", field(13, nested(2, field(1, b""))), "depth"),
+    ("nested very deep", field(13, nested(40)), "depth"),
     ("nested as deep as is read, but nothing else", field(13, nested(2)), "version"),
     ("too many bytes", b"\x00" * (limits.MAX_COMMAND_BYTES + 1), "size"),
 ]
