@@ -58,12 +58,14 @@ def import_object(path: str, key: str) -> Any:
     return getattr(module, attribute)
 
 
-def load_task(path: str, args: Mapping[str, Any], seed: int) -> Task:
-    """Build the user's task on this rank. Local; seeds torch's global generator first.
+def load_task(factory: str | Callable[..., Task], args: Mapping[str, Any], seed: int) -> Task:
+    """Build the user's task on this rank, from ``package.module:function`` or the function itself.
 
-    Whatever the user's function raises is reported as TaskError with the cause attached.
+    Local; seeds torch's global generator first. Whatever the function raises is reported as TaskError with the cause
+    attached.
     """
-    factory = import_object(path, "task.factory")
+    path = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
+    factory = import_object(factory, "task.factory") if isinstance(factory, str) else factory
     torch.manual_seed(seed)
     try:
         task = factory(**args)

@@ -1,0 +1,211 @@
+"""How a decision takes effect: on all ranks at one step, or on none.
+
+    plan      each rank checks every command against its own state; refused ones fall out, with the reason
+    vote      do all ranks plan the same?                      no -> nothing is applied
+    apply     structure, optimizer groups, LR, DDP wrapper
+    vote      did it work everywhere?                          no -> every rank returns to the state before
+    compare   digest of names, shapes, new weights, groups, LR no -> every rank returns to the state before
+    warm up   compile the new structure, check its gradients   no -> every rank returns to the state before
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from tolaria.coordinator.decision import next_mode, refusal
+from tolaria.dist import Peers
+from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
+from tolaria.kasmina.host import PlannedMove
+from tolaria.leyline.codec import decode_command, encode_decision
+from tolaria.leyline.types import BreakerCommand, Command, CommandType, Decision, OptimizerCommand, SeedOp
+from tolaria.objective import Batch
+from tolaria.replica import Replica
+from tolaria.state import Memento, Mode, TrainState
+
+LR_SCALE = "lr_scale"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one command: applied, or refused with a stable code and the reason in words."""
+
+    command_id: str
+    command: Command | None
+    applied: bool
+    code: str
+    reason: str
+
+
+@dataclass
+class Applied:
+    """A decision after `apply_decision`, with the time each part took in milliseconds."""
+
+    decision: Decision
+    outcomes: list[Outcome] = field(default_factory=list)
+    mode_before: Mode = field(default_factory=Mode)
+    structure_changed: bool = False
+    latency_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of the block to ``latency_ms[part]``."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.latency_ms[part] = self.latency_ms.get(part, 0.0) + (perf_counter() - start) * 1e3
+
+
+@dataclass(frozen=True)
+class _Plan:
+    seed_moves: tuple[PlannedMove, ...]
+    optimizer: tuple[OptimizerCommand, ...]
+    breakers: tuple[BreakerCommand, ...]
+    accepted: tuple[Command, ...]
+
+
+def apply_decision(
+    decision: Decision,
+    state: TrainState,
+    replica: Replica,
+    peers: Peers,
+    *,
+    healthy_boundaries: int,
+    sample: Callable[[], Batch],
+) -> Applied:
+    """Carry out a broadcast decision. Collective: every rank calls it with the same decision.
+
+    Blocks for a few small collectives, and for the compile of a structure not seen before. If anything fails on any
+    rank, every rank is back in the state before, its commands refused with code "vote", "apply_failed",
+    "digest_mismatch" or "warm_up". Raises PeerLost only.
+    """
+    result = Applied(decision, mode_before=state.mode)
+    with result.timed("check"):
+        plan = _make_plan(decision, state, result)
+        # Not the verdict alone is compared but what led to it: two ranks may accept different commands.
+        same = len(set(peers.gather_digests(_plan_digest(decision, result)))) == 1
+    if not same:
+        _refuse(result, plan, "vote", "the ranks did not plan the same change")
+        plan = _Plan((), (), (), ())
+    memento = state.memento()
+    state.mode = next_mode(state.mode, decision, list(plan.breakers), healthy_boundaries)
+    if plan.seed_moves or plan.optimizer:
+        failure = _carry_out(plan, state, replica, peers, result, sample)
+        if failure is not None:
+            mode = state.mode
+            _go_back(memento, state, replica)
+            state.mode = mode
+            _refuse(result, plan, *failure)
+            return result
+    result.structure_changed = bool(plan.seed_moves)
+    result.outcomes += [Outcome(c.command_id, c, True, "applied", c.reason) for c in plan.accepted]
+    return result
+
+
+def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
+    moves: list[PlannedMove] = []
+    optimizer: list[OptimizerCommand] = []
+    breakers: list[BreakerCommand] = []
+    accepted: list[Command] = []
+    touched: set[str] = set()
+    for position, raw in enumerate(decision.commands):
+        command = None
+        try:
+            command = decode_command(raw)
+            _check_command(command, state, touched)
+            if command.command_type == CommandType.SEED:
+                planned = sum(p.numel() for m in moves if m.module is not None for p in m.module.parameters())
+                moves.append(state.kasmina.plan(command, already_planned=planned))
+                touched.add(command.target_seed_id)
+            elif isinstance(command.payload, OptimizerCommand):
+                _check_optimizer(command.payload, state)
+                optimizer.append(command.payload)
+            elif isinstance(command.payload, BreakerCommand):
+                breakers.append(command.payload)
+            accepted.append(command)
+        except (CommandRefused, MessageRejected) as error:
+            name = command.command_id if command is not None else f"boundary-{decision.boundary}-{position}"
+            result.outcomes.append(Outcome(name, command, False, error.code, str(error)))
+    return _Plan(tuple(moves), tuple(optimizer), tuple(breakers), tuple(accepted))
+
+
+def _check_command(command: Command, state: TrainState, touched: set[str]) -> None:
+    refused = refusal(command, state.mode)
+    if refused is not None:
+        raise CommandRefused(*refused)
+    if command.target_seed_id in touched and command.command_type == CommandType.SEED:
+        raise CommandRefused("one_per_boundary", f"slot {command.target_seed_id!r} was commanded at this boundary already")
+
+
+def _check_optimizer(payload: OptimizerCommand, state: TrainState) -> None:
+    unknown = sorted(set(payload.hyperparameters) - {LR_SCALE})
+    if unknown or not payload.hyperparameters:
+        raise CommandRefused("unknown_parameter", f"an optimizer command takes {LR_SCALE!r}, not {unknown}")
+    factor = payload.hyperparameters[LR_SCALE]
+    state.lr.plan_scale(payload.optimizer_id or "*", factor, conservative=state.mode.conservative)
+
+
+def _carry_out(
+    plan: _Plan,
+    state: TrainState,
+    replica: Replica,
+    peers: Peers,
+    result: Applied,
+    sample: Callable[[], Batch],
+) -> tuple[str, str] | None:
+    """None if the plan is in force on every rank, else (code, reason) of what to report after going back."""
+    error = ""
+    with result.timed("apply"):
+        try:
+            _change(plan, state, replica)
+        except PeerLost:
+            raise
+        except (TolariaError, RuntimeError, ValueError, MemoryError) as cause:
+            error = f"{type(cause).__name__}: {cause}"
+        if not peers.agree(not error):
+            return "apply_failed", error or "another rank could not apply it"
+    with result.timed("digest"):
+        if len(set(peers.gather_digests(state.structure_digest()))) > 1:
+            return "digest_mismatch", "the ranks differ after the change"
+    with result.timed("warm_up"):
+        try:
+            replica.warm_up(sample())
+        except PeerLost:
+            raise
+        except TolariaError as cause:
+            error = str(cause)
+        if not peers.agree(not error):
+            return "warm_up", error or "the new structure failed on another rank"
+    return None
+
+
+def _change(plan: _Plan, state: TrainState, replica: Replica) -> None:
+    for move in plan.seed_moves:
+        state.kasmina.apply(move)
+    state.regroup()
+    for move in plan.seed_moves:
+        group = state.kasmina.seeds[move.command.target_seed_id].group
+        if move.seed_command.operation == SeedOp.START_TRAINING:
+            state.restart_warmup(group)
+        elif move.seed_command.operation == SeedOp.FOSSILIZE:
+            state.lr.follow_host(group)
+    for payload in plan.optimizer:
+        pattern = payload.optimizer_id or "*"
+        state.lr.scale(pattern, payload.hyperparameters[LR_SCALE], conservative=state.mode.conservative)
+    replica.rebuild()
+
+
+def _go_back(memento: Memento, state: TrainState, replica: Replica) -> None:
+    state.restore(memento)
+    replica.rebuild()
+
+
+def _refuse(result: Applied, plan: _Plan, code: str, reason: str) -> None:
+    result.outcomes += [Outcome(c.command_id, c, False, code, reason) for c in plan.accepted]
+
+
+def _plan_digest(decision: Decision, result: Applied) -> bytes:
+    verdicts: Sequence[str] = [f"{o.command_id}:{o.code}" for o in result.outcomes]
+    return hashlib.sha256(encode_decision(decision) + "|".join(verdicts).encode()).digest()

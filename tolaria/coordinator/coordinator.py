@@ -1,0 +1,180 @@
+"""The boundary's conversation: rank 0 asks the policy, every rank obeys the same decision.
+
+    rank 0   state packet -> policy (deadline, breaker) -> decision ----+
+    all      <- fixed-size broadcast of the exact bytes <---------------+
+    all      plan, vote, apply, vote, compare   (tolaria/coordinator/apply.py)
+    rank 0   field reports for the next packet
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tolaria.config import TamiyoConfig
+from tolaria.coordinator.apply import Applied, apply_decision
+from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide
+from tolaria.coordinator.ledger import Ledger
+from tolaria.dist import World
+from tolaria.errors import PolicyUnavailable
+from tolaria.leyline.codec import decode_decision, encode_decision
+from tolaria.leyline.types import Decision, HardwareContext, PolicyRequest, SystemState
+from tolaria.measure import Report
+from tolaria.objective import Batch
+from tolaria.replica import Replica
+from tolaria.state import HOST_GROUP, TrainState
+from tolaria.tamiyo.breaker import CircuitBreaker
+from tolaria.tamiyo.client import PolicyClient
+from tolaria.telemetry.events import EventLog
+
+MAX_MEASUREMENT = 1e30
+
+
+class Coordinator:
+    """Runs the handshake and carries its decision to all ranks. One per rank; the policy is asked by rank 0 only.
+
+    The decision is recorded as an event before it is broadcast; that is the place where a write-ahead log records it.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        replica: Replica,
+        world: World,
+        config: TamiyoConfig,
+        events: EventLog,
+        *,
+        run_id: str,
+        experiment: str,
+        client: PolicyClient | None,
+        revive: Callable[[], bool] | None,
+        hardware: Callable[[], HardwareContext],
+        sample: Callable[[], Batch],
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.state = state
+        self.replica = replica
+        self.world = world
+        self.config = config
+        self.events = events
+        self.ledger = Ledger(run_id, config.observation_boundaries, wall_ns)
+        self.breaker = CircuitBreaker(config)
+        self._client = client
+        self._revive = revive
+        self._run_id = run_id
+        self._experiment = experiment
+        self._hardware = hardware
+        self._sample = sample
+        self._wall_ns = wall_ns
+
+    def exchange(self, report: Report) -> Applied:
+        """One boundary. Collective; blocks for the policy's deadline at most, plus a few small collectives.
+
+        Afterwards every rank has applied the same commands, or none. Raises PeerLost.
+        """
+        frame = None
+        latency: dict[str, float] = {}
+        if self.world.is_coordinator:
+            start = time.perf_counter()
+            for record in self.ledger.observe(self.state.boundary, report.val_loss, report.val_accuracy):
+                self.events.emit("command_judged", command_id=record.command_id, outcome=record.outcome,
+                                 effect=record.effect)  # fmt: skip
+            request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
+            asked = time.perf_counter()
+            answer = self._ask(request)
+            answered = time.perf_counter()
+            frame = encode_decision(self._record(answer))
+            latency = {"state": (asked - start) * 1e3, "tamiyo": (answered - asked) * 1e3}
+        start = time.perf_counter()
+        decision = decode_decision(self.world.peers.broadcast_frame(frame))
+        latency["broadcast"] = (time.perf_counter() - start) * 1e3
+        applied = apply_decision(
+            decision, self.state, self.replica, self.world.peers,
+            healthy_boundaries=self.config.healthy_boundaries, sample=self._sample,
+        )  # fmt: skip
+        applied.latency_ms = {**latency, **applied.latency_ms}
+        self._tell(applied, report)
+        return applied
+
+    def _ask(self, request: PolicyRequest) -> Answer:
+        if self._client is None:
+            return Answer(NO_POLICY)
+        deadline_ms = self.breaker.allow(self.state.boundary)
+        if deadline_ms is None:
+            return Answer(NOT_ASKED)
+        if self._revive is not None and self._revive():
+            self.events.emit("policy_restarted", "warning", reason="the embedded policy had died")
+        try:
+            reply = self._client.ask(request, boundary=self.state.boundary, deadline_ms=deadline_ms)
+        except PolicyUnavailable as error:
+            self.breaker.failure(error.code)
+            self.events.emit("policy_failed", "warning", code=error.code, reason=str(error),
+                             breaker=self.breaker.state.name, rejected=dict(self._client.rejected))  # fmt: skip
+            return Answer(error.code)
+        self.breaker.success()
+        self.ledger.delivered(request.field_reports)
+        return Answer(ANSWERED, reply.commands)
+
+    def _record(self, answer: Answer) -> Decision:
+        decision = decide(answer, boundary=self.state.boundary, step=self.state.step, mode=self.state.mode)
+        self.events.emit(
+            "decision", boundary=decision.boundary, source=decision.source, reason=decision.reason,
+            conservative=decision.conservative, commands=[raw.hex() for raw in decision.commands],
+        )  # fmt: skip
+        return decision
+
+    def _tell(self, applied: Applied, report: Report) -> None:
+        for outcome in applied.outcomes:
+            if self.world.is_coordinator:
+                self.ledger.enter(outcome, boundary=self.state.boundary, step=self.state.step,
+                                  loss=report.val_loss, accuracy=report.val_accuracy)  # fmt: skip
+                record = self.ledger.records[outcome.command_id]
+                kind = "command_applied" if outcome.applied else "command_refused"
+                self.events.emit(kind, "info" if outcome.applied else "warning", command_id=outcome.command_id,
+                                 what=record.what, code=outcome.code, reason=outcome.reason)  # fmt: skip
+        before, after = applied.mode_before, self.state.mode
+        if self.world.is_coordinator and before.conservative != after.conservative:
+            level = "warning" if after.conservative else "info"
+            self.events.emit("mode_changed", level, mode=after.name, reason=after.reason or "healthy again")
+
+    def _packet(self, report: Report) -> SystemState:
+        state = self.state
+        metrics = {
+            "learning_rate": state.lr.lr_at(HOST_GROUP, state.step),
+            "conservative": float(state.mode.conservative),
+            "parameters": float(state.parameter_count),
+            "skipped_steps": float(state.skipped_steps),
+            **{f"slot_rank/{name}": float(len(seed.shape)) for name, seed in state.kasmina.seeds.items()},
+            **{f"metric/{name}": value for name, value in report.metrics.items()},
+        }
+        return SystemState(
+            packet_id=f"{self._run_id}:{state.boundary}",
+            current_epoch=state.sampler.epoch,
+            global_step=state.step,
+            validation_accuracy=_sendable(report.val_accuracy),
+            validation_loss=_sendable(report.val_loss),
+            training_loss=_sendable(report.train_loss),
+            timestamp_ns=self._wall_ns(),
+            training_run_id=self._run_id,
+            experiment_name=self._experiment,
+            hardware=self._hardware(),
+            seeds=state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)),
+            training_metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank 0's own memory (breaker, ledger); empty on other ranks."""
+        if not self.world.is_coordinator:
+            return {}
+        return {"breaker": self.breaker.state_dict(), "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave on rank 0."""
+        if self.world.is_coordinator and state:
+            self.breaker.load_state_dict(state["breaker"])
+            self.ledger.load_state_dict(state["ledger"])
+
+
+def _sendable(value: float) -> float:
+    # A diverged loss must reach the policy as a large number: NaN is not a valid measurement on the wire.
+    return max(-MAX_MEASUREMENT, min(MAX_MEASUREMENT, value)) if not math.isnan(value) else MAX_MEASUREMENT

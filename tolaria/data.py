@@ -1,0 +1,181 @@
+"""Which rank sees which sample when: a sampler with a cursor, batches of one shape, no rank ever without a batch.
+
+    epoch order   permutation of (seed, epoch), the same on every rank
+    one group     accumulation x ranks x batch samples in a row of that order
+    rank r        microbatch m is the (m * ranks + r)-th run of `batch` samples in the group
+
+The last group of an epoch is filled up with samples of weight 0, so that every sample counts exactly once, every
+rank takes part in every collective, and the shapes (and with them the compiled graph) never change.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tolaria.config import DataConfig
+from tolaria.errors import TaskError
+from tolaria.objective import Batch
+from tolaria.task import Task
+
+Plan = list[tuple[list[int], list[float]]]
+
+
+def dataset_size(dataset: Dataset[Any], what: str) -> int:
+    """Number of samples. Raises TaskError for a dataset without a length or without samples."""
+    try:
+        size = len(dataset)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TaskError(f"the task's {what} data has no len(); expected a map-style dataset") from error
+    if size < 1:
+        raise TaskError(f"the task's {what} data is empty")
+    return size
+
+
+class EpochSampler:
+    """The position in the data: (seed, epoch, cursor). The cursor counts samples of the epoch over all ranks.
+
+    The state is the same on every rank and does not depend on their number, so another number of ranks may resume.
+    """
+
+    def __init__(
+        self, num_samples: int, *, seed: int, rank: int, world_size: int, batch_size: int, accumulation: int
+    ) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.epoch = 0
+        self.cursor = 0
+
+    @property
+    def group_size(self) -> int:
+        """Samples of one optimizer step over all ranks and microbatches."""
+        return self.batch_size * self.world_size * self.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.group_size)
+
+    def order(self) -> list[int]:
+        """The sample order of the present epoch."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(self.num_samples, generator=generator).tolist()  # type: ignore[no-any-return]
+
+    def remaining(self) -> Plan:
+        """This rank's microbatches from the cursor to the end of the epoch: (indices, weights) of each."""
+        order, plan = self.order(), []
+        for start in range(self.cursor, self.num_samples, self.group_size):
+            group = order[start : start + self.group_size]
+            weight = self.world_size / len(group)
+            for micro in range(self.accumulation):
+                first = (micro * self.world_size + self.rank) * self.batch_size
+                plan.append(_filled(group[first : first + self.batch_size], weight, self.batch_size, group[0]))
+        return plan
+
+    def advance(self) -> bool:
+        """One optimizer step was taken. True if that ended the epoch; then the next one begins at its start."""
+        self.cursor += self.group_size
+        if self.cursor < self.num_samples:
+            return False
+        self.epoch += 1
+        self.cursor = 0
+        return True
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_samples": self.num_samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over a position. Raises TaskError when it belongs to another dataset or sample order."""
+        for key in ("seed", "num_samples"):
+            if state[key] != getattr(self, key):
+                raise TaskError(f"the checkpoint's data has {key}={state[key]}, this run's {getattr(self, key)}")
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def _filled(indices: Sequence[int], weight: float, size: int, filler: int) -> tuple[list[int], list[float]]:
+    missing = size - len(indices)
+    return [*indices, *[filler] * missing], [weight] * len(indices) + [0.0] * missing
+
+
+def validation_plan(num_samples: int, rank: int, world_size: int, batch_size: int) -> Plan:
+    """This rank's share of one pass over the validation set, every sample of weight 1 on exactly one rank."""
+    # No larger than a rank's share, or a small set would be mostly filler.
+    size = min(batch_size, -(-num_samples // world_size))
+    plan = []
+    for start in range(0, num_samples, size * world_size):
+        first = start + rank * size
+        indices = range(first, min(first + size, num_samples))
+        plan.append(_filled(indices, 1.0, size, 0))
+    return plan
+
+
+class Loader:
+    """Loads planned microbatches and brings them to the device, one ahead on CUDA."""
+
+    def __init__(self, task: Task, config: DataConfig, device: torch.device) -> None:
+        self.task = task
+        self.config = config
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def batches(self, dataset: Dataset[Any], plan: Plan) -> Iterator[Batch]:
+        """The microbatches of ``plan`` on the device. Draws nothing from the global random generators."""
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[indices for indices, _ in plan],
+            collate_fn=self.task.collate,
+            num_workers=self.config.num_workers,
+            timeout=self.config.timeout_s if self.config.num_workers else 0,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        on_host = (self._pair(item, w) for item, (_, w) in zip(loader, plan, strict=True))
+        return self._ahead(on_host) if self._stream is not None else on_host
+
+    def _pair(self, item: Any, weights: list[float]) -> Batch:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2):
+            raise TaskError(f"the task's collate returned {type(item).__name__}; expected a pair (inputs, targets)")
+        return Batch(item[0], item[1], torch.tensor(weights))
+
+    def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        # The copy of the next batch runs on a stream of its own while this one is computed.
+        following = self._copy(next(batches, None))
+        while following is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)  # type: ignore[arg-type]
+            current = following
+            for tensor in _tensors((current.inputs, current.targets, current.weights)):
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+            following = self._copy(next(batches, None))
+            yield current
+
+    def _copy(self, batch: Batch | None) -> Batch | None:
+        if batch is None:
+            return None
+        with torch.cuda.stream(self._stream):
+            return Batch(*(_move(part, self.device) for part in (batch.inputs, batch.targets, batch.weights)))
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(item, device) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,357 @@
+"""Kasmina: the host's slots and the seeds in them. Sole owner of seeds; the same calls on every rank, in one order."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tolaria.config import KasminaConfig
+from tolaria.errors import CheckpointMismatch, CommandRefused
+from tolaria.kasmina import gates
+from tolaria.kasmina.blueprints import get_blueprint
+from tolaria.kasmina.gates import Evidence, GateResult
+from tolaria.kasmina.lifecycle import HOLDS_SEED, Move, after_boundary, move
+from tolaria.kasmina.seed import NormRing, Seed
+from tolaria.kasmina.slot import Active, Blend, Gauge, HostOnly, Slot, StraightThrough
+from tolaria.leyline.types import Command, SeedCommand, SeedGate, SeedOp, SeedStage, SeedState
+
+GRAFT_PARAMETERS = ("blend_steps",)
+
+
+@dataclass(frozen=True)
+class PlannedMove:
+    """A seed command that may be applied: its move, the gate's word, and for GERMINATE the finished module."""
+
+    command: Command
+    seed_command: SeedCommand
+    move: Move
+    gate: GateResult | None
+    module: nn.Module | None
+
+
+class Kasmina:
+    """Slots, seeds, stages, gates and alpha of one rank's model. All methods are local and deterministic."""
+
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        shapes: Mapping[str, tuple[int, ...]],
+        config: KasminaConfig,
+        run_seed: int,
+        device: torch.device,
+    ) -> None:
+        self.slots = dict(slots)
+        self.config = config
+        self.device = device
+        self._run_seed = run_seed
+        self.host_norms = NormRing(config.gradient_window, device)
+        self.seeds = {
+            name: Seed(
+                slot=name,
+                shape=tuple(shapes[name]),
+                alpha=torch.zeros((), device=device),
+                norms=NormRing(config.gradient_window, device),
+            )
+            for name in sorted(slots)
+        }
+        self._host_only = {name: HostOnly() for name in slots}
+
+    # What is there
+
+    @property
+    def grown_parameters(self) -> int:
+        """Parameters of all seeds together."""
+        return sum(seed.parameter_count for seed in self.seeds.values())
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters of every seed by group name, for the optimizer."""
+        return {s.group: s.named_parameters() for s in self.seeds.values() if s.occupied}
+
+    def shadow_seeds(self) -> list[Seed]:
+        """Seeds that learn on a shadow branch now."""
+        if self.config.signal != "shadow":
+            return []
+        return [s for s in self.seeds.values() if s.stage == SeedStage.TRAINING]
+
+    def learning_seeds(self) -> list[Seed]:
+        """Seeds whose parameters get gradients now."""
+        return [s for s in self.seeds.values() if s.module is not None and _learns(s, self.config)]
+
+    def structure(self) -> tuple[tuple[str, str, str], ...]:
+        """What the forward graph looks like: (slot, form, blueprint) for every slot that is not host only."""
+        forms = ((n, type(s.form).__name__, self.seeds[n].blueprint) for n, s in sorted(self.slots.items()))
+        return tuple(f for f in forms if f[1] != HostOnly.__name__)
+
+    # Commands
+
+    def plan(self, command: Command, *, already_planned: int = 0) -> PlannedMove:
+        """Check a seed command without changing anything; raises CommandRefused with the reason.
+
+        ``already_planned``: parameters of germinations planned at the same boundary.
+        """
+        payload = command.payload
+        if not isinstance(payload, SeedCommand):
+            raise CommandRefused("wrong_payload", f"a seed command needs a seed operation, not {payload!r}")
+        seed = self.seeds.get(command.target_seed_id)
+        if seed is None:
+            known = ", ".join(self.seeds) or "none"
+            raise CommandRefused("unknown_seed", f"no slot {command.target_seed_id!r}; slots: {known}")
+        found = move(seed.stage, payload.operation)
+        if payload.operation == SeedOp.FINE_TUNE and seed.fine_tuning:
+            raise CommandRefused("already_fine_tuning", f"the seed in {seed.slot} is being fine-tuned already")
+        module = None
+        if payload.operation == SeedOp.GERMINATE:
+            module = self._build(seed, payload.blueprint_id, command.command_id)
+        if payload.operation == SeedOp.START_GRAFTING:
+            _check_graft_parameters(payload.parameters)
+        result = self._gate(found, seed, module, already_planned)
+        if result is not None and not result.ok:
+            raise CommandRefused(result.gate.name.lower(), f"gate {result.gate.name}: {result.reason}")
+        return PlannedMove(command, payload, found, result, module)
+
+    def apply(self, planned: PlannedMove) -> None:
+        """Carry out a planned move. Undo with `memento` and `restore`."""
+        seed = self.seeds[planned.command.target_seed_id]
+        operation = planned.seed_command.operation
+        if operation == SeedOp.GERMINATE:
+            seed.module = planned.module
+            seed.blueprint = planned.seed_command.blueprint_id
+            seed.command_id = planned.command.command_id
+            seed.evidence = Evidence()
+            seed.age_boundaries = 0
+        elif operation == SeedOp.START_GRAFTING:
+            seed.schedule = self.config.schedule
+            seed.blend_steps = int(planned.seed_command.parameters.get("blend_steps", self.config.blend_steps))
+            seed.blend_position = 0
+            seed.alpha.zero_()
+            seed.evidence.loss_before_graft = seed.evidence.loss_now
+        elif operation == SeedOp.EVALUATE:
+            # The contribution counts only as measured with the seed at work, not as probed behind the host.
+            seed.evidence.loss_with = seed.evidence.loss_without = math.nan
+        elif operation == SeedOp.FINE_TUNE:
+            seed.fine_tuning = True
+        elif operation in (SeedOp.CULL, SeedOp.CANCEL):
+            self._clear(seed)
+        if operation != SeedOp.FINE_TUNE:
+            seed.enter(planned.move.to)
+        self._settle(seed)
+
+    def tick(self, left_overs: Callable[[str], list[str]]) -> list[tuple[str, SeedStage, SeedStage]]:
+        """Count one boundary and make the moves that happen by themselves: (slot, from, to) of each.
+
+        ``left_overs(group)`` names what optimizer and schedules still hold of a group, for gate G5.
+        """
+        moves = []
+        for seed in self.seeds.values():
+            seed.boundaries_in_stage += 1
+            seed.age_boundaries += seed.occupied
+            to = after_boundary(seed.stage, seed.boundaries_in_stage, self.config.embargo_boundaries)
+            held = ["module"] if seed.module is not None else []
+            if to == SeedStage.DORMANT != seed.stage and not gates.g5_reset(held + left_overs(seed.group)).ok:
+                continue
+            if to != seed.stage:
+                moves.append((seed.slot, seed.stage, to))
+                seed.enter(to)
+                self._settle(seed)
+        return moves
+
+    def terminate(self) -> None:
+        """End of the run: every slot that holds no part of the host is TERMINATED and empty."""
+        for seed in self.seeds.values():
+            if seed.stage != SeedStage.FOSSILIZED:
+                self._clear(seed)
+                seed.enter(SeedStage.TERMINATED)
+                self._settle(seed)
+
+    def advance(self) -> None:
+        """Advance alpha of every BLENDING seed; call once per optimizer step that was taken."""
+        for seed in self.seeds.values():
+            seed.advance()
+
+    # Evidence
+
+    def read_norms(self) -> None:
+        """Move the gradient norms from the device into the seeds' evidence. Synchronises with the device."""
+        for seed in self.seeds.values():
+            if seed.occupied:
+                seed.evidence.gradient_norms = seed.norms.read()
+
+    @contextmanager
+    def probing(self, slot: str, *, active: bool) -> Iterator[Gauge | None]:
+        """For a validation pass: the seed at alpha 1 (``active``, measured by the yielded Gauge) or the host alone."""
+        seed, place = self.seeds[slot], self.slots[slot]
+        if seed.module is None:
+            raise ValueError(f"slot {slot!r} holds no seed to probe")
+        form = place.form
+        gauge = Gauge(seed.module, self.config.blend) if active else None
+        place.form = gauge if gauge is not None else self._host_only[slot]
+        try:
+            yield gauge
+        finally:
+            place.form = form
+
+    def next_gate(self, seed: Seed) -> GateResult | None:
+        """The gate on the seed's way forward, evaluated now; None where there is none."""
+        forward = {
+            SeedStage.GERMINATED: SeedOp.START_TRAINING,
+            SeedStage.TRAINING: SeedOp.START_GRAFTING,
+            SeedStage.BLENDING: SeedOp.STABILIZE,
+            SeedStage.SHADOWING: SeedOp.EVALUATE,
+            SeedStage.PROBATIONARY: SeedOp.FOSSILIZE,
+        }
+        operation = forward.get(seed.stage)
+        return self._gate(move(seed.stage, operation), seed, None, 0) if operation is not None else None
+
+    def seed_states(self, learning_rate: Callable[[str], float]) -> tuple[SeedState, ...]:
+        """Every slot as the policy sees it."""
+        return tuple(self._seed_state(seed, learning_rate) for seed in self.seeds.values())
+
+    def _seed_state(self, seed: Seed, learning_rate: Callable[[str], float]) -> SeedState:
+        depth = list(self.slots).index(seed.slot)
+        if not seed.occupied:
+            return SeedState(seed_id=seed.slot, stage=seed.stage, layer_depth=depth)
+        gate = self.next_gate(seed)
+        metrics = {
+            "parameters": float(seed.parameter_count),
+            "alpha": seed.alpha_value,
+            "boundaries_in_stage": float(seed.boundaries_in_stage),
+            "gate_ok": float(gate is None or gate.ok),
+        }
+        if math.isfinite(seed.evidence.contribution):
+            metrics["contribution"] = seed.evidence.contribution
+        norm = seed.evidence.gradient_norms[-1] if seed.evidence.gradient_norms else 0.0
+        return SeedState(
+            seed_id=seed.slot,
+            stage=seed.stage,
+            gradient_norm=norm if math.isfinite(norm) else 0.0,
+            learning_rate=learning_rate(seed.group),
+            layer_depth=depth,
+            metrics=metrics,
+            age_epochs=seed.age_boundaries,
+            risk_score=0.0 if gate is None or gate.ok else 1.0,
+        )
+
+    # Undo, save, load
+
+    def memento(self) -> dict[str, dict[str, Any]]:
+        """What `restore` needs to take back every change of structure made after this call."""
+        return {name: seed.memento() for name, seed in self.seeds.items()}
+
+    def restore(self, memento: dict[str, dict[str, Any]]) -> None:
+        """Take back every change since `memento`; modules and tensors are the same objects as then."""
+        for name, seed in self.seeds.items():
+            seed.restore(memento[name])
+            self._settle(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stages, alphas and evidence as JSON; the parameters are the checkpoint's tensors."""
+        return {
+            "seeds": {name: seed.state_dict() for name, seed in self.seeds.items()},
+            "host_norms": [n.hex() for n in self.host_norms.read()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rebuild every seed's module and stage. Raises CheckpointMismatch when the slots are others."""
+        saved = state["seeds"]
+        if set(saved) != set(self.seeds):
+            raise CheckpointMismatch(f"the checkpoint has slots {sorted(saved)}, the model has {sorted(self.seeds)}")
+        for name, seed in self.seeds.items():
+            if tuple(saved[name]["shape"]) != seed.shape:
+                raise CheckpointMismatch(f"slot {name!r}: shape {saved[name]['shape']} saved, {seed.shape} in the model")
+            seed.load_state_dict(saved[name])
+            try:
+                seed.module = self._build(seed, seed.blueprint, seed.command_id) if seed.occupied else None
+            except CommandRefused as error:
+                raise CheckpointMismatch(f"slot {name!r}: its seed cannot be built again: {error}") from error
+            self._settle(seed)
+        self.host_norms.load([float.fromhex(n) for n in state["host_norms"]])
+
+    # Inside
+
+    def _build(self, seed: Seed, blueprint_id: str, command_id: str) -> nn.Module:
+        """The blueprint's module with weights that depend only on run seed and command id."""
+        blueprint = get_blueprint(blueprint_id)
+        if len(seed.shape) not in blueprint.ranks:
+            fits = ", ".join(str(r) for r in sorted(blueprint.ranks))
+            raise CommandRefused(
+                "shape", f"blueprint {blueprint_id!r} takes samples of rank {fits}; slot {seed.slot} has {seed.shape}"
+            )
+        digest = hashlib.sha256(f"{self._run_seed}/{command_id}".encode()).digest()
+        # The CPU generator alone: torch.manual_seed would reseed the GPUs, and with them the host's dropout.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            try:
+                module = blueprint.build(seed.shape)
+                with torch.no_grad():
+                    out = module(torch.zeros(2, *seed.shape))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise CommandRefused("blueprint_failed", f"blueprint {blueprint_id!r}: {error}") from error
+        if tuple(out.shape[1:]) != seed.shape:
+            raise CommandRefused("shape", f"blueprint {blueprint_id!r} maps {seed.shape} to {tuple(out.shape[1:])}")
+        return module.to(self.device)
+
+    def _gate(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
+        if found.gate is None:
+            return None
+        if found.gate == SeedGate.G0_SANITY:
+            count = sum(p.numel() for p in module.parameters()) if module is not None else 0
+            return gates.g0_sanity(count, self.grown_parameters + planned, self.config)
+        if found.gate == SeedGate.G1_GRADIENT_HEALTH:
+            if found.to == SeedStage.TRAINING:
+                return gates.g1_gradient_health(self.host_norms.read(), self.config.gradient_window, "the host")
+            return gates.g1_gradient_health(seed.evidence.gradient_norms, self.config.gradient_window, "the seed")
+        if found.gate == SeedGate.G2_STABILITY:
+            return gates.g2_stability(seed.alpha_value, seed.evidence, self.config)
+        if found.gate == SeedGate.G3_INTERFACE:
+            return gates.g3_interface(seed.evidence, self.config)
+        return gates.g4_system_impact(seed.evidence, self.config)
+
+    def _clear(self, seed: Seed) -> None:
+        seed.module = None
+        seed.blueprint = seed.command_id = ""
+        seed.fine_tuning = False
+        seed.blend_position = 0
+        seed.alpha.zero_()
+        seed.norms.load([])
+        seed.evidence = Evidence()
+
+    def _settle(self, seed: Seed) -> None:
+        """Give slot and parameters the form that the seed's stage asks for."""
+        self.slots[seed.slot].form = self._form(seed)
+        if seed.module is not None:
+            seed.module.requires_grad_(_learns(seed, self.config))
+
+    def _form(self, seed: Seed) -> nn.Module:
+        if seed.module is None or seed.stage not in HOLDS_SEED:
+            return self._host_only[seed.slot]
+        if seed.stage == SeedStage.TRAINING and self.config.signal == "straight_through":
+            return StraightThrough(seed.module, self.config.output_ratio)
+        if seed.stage == SeedStage.BLENDING:
+            return Blend(seed.module, seed.alpha, self.config.blend)
+        if seed.stage in (SeedStage.PROBATIONARY, SeedStage.FOSSILIZED):
+            return Active(seed.module, self.config.blend)
+        return self._host_only[seed.slot]
+
+
+def _learns(seed: Seed, config: KasminaConfig) -> bool:
+    if seed.stage == SeedStage.PROBATIONARY:
+        return seed.fine_tuning
+    if seed.stage == SeedStage.FOSSILIZED:
+        return not config.freeze_fossilized
+    return seed.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
+
+
+def _check_graft_parameters(parameters: Mapping[str, float]) -> None:
+    unknown = sorted(set(parameters) - set(GRAFT_PARAMETERS))
+    if unknown:
+        raise CommandRefused("unknown_parameter", f"START_GRAFTING takes {GRAFT_PARAMETERS}, not {unknown}")
+    steps = parameters.get("blend_steps", 1.0)
+    if not (1 <= steps <= 1_000_000 and float(steps).is_integer()):
+        raise CommandRefused("bad_parameter", f"blend_steps={steps}: expected a whole number from 1 to 1000000")
+
+

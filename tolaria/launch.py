@@ -1,0 +1,60 @@
+"""`python -m tolaria.launch`: parse, train, leave with a code that says how it went.
+
+    torchrun --nproc_per_node=2 -m tolaria.launch --config launch/configs/digits.toml     two ranks
+    python -m tolaria.launch --config ...                                                 one process, compiled
+    python -m tolaria.launch --config ... --debug                                         one process, eager, anomaly checks
+
+Exit codes: 0 finished, or stopped on request with a checkpoint; 2 configuration or task; 70 ranks differ; 71 a rank
+was lost; 73 run directory; 74 checkpoint; 75 run directory in use. torchrun itself reports 1 for any of them.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tolaria.errors import PeerLost, TolariaError
+from tolaria.options import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags; the exit code. A wrong flag is answered before torch is loaded."""
+    config = parse(argv)
+    from tolaria.process import agent_id, set_parent_death_signal
+
+    if agent_id() is not None:
+        # Ranks whose torchrun was killed would train on, unseen, and write into the run directory.
+        set_parent_death_signal()
+    rank = os.environ.get("RANK", "0")
+    try:
+        from tolaria.build import train
+
+        train(config)
+    except TolariaError as error:
+        sys.stderr.write(f"tolaria: rank {rank}: {error}\n" if "RANK" in os.environ else f"tolaria: {error}\n")
+        if isinstance(error, PeerLost):
+            _leave(error.exit_code)
+        return error.exit_code
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        sys.stderr.write(f"tolaria: rank {rank}: another rank is gone ({str(error).splitlines()[0]})\n")
+        _leave(PeerLost.exit_code)
+    return 0
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    from torch.distributed import DistError
+
+    text = str(error).lower()
+    return isinstance(error, DistError) or "gloo" in text or "connection closed by peer" in text
+
+
+def _leave(code: int) -> None:
+    # Process groups whose peer is gone may wait in their destructors; torchrun wants this process gone now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What a boundary knows: the state of the run since the last one and its validation, over all ranks.
+
+Validation runs eager in evaluation mode, each rank on its share. Seeds that are SHADOWING or PROBATIONARY cost a
+second pass each, without or with the seed. Everything travels in one packed float64 sum.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tolaria.data import Loader, dataset_size, validation_plan
+from tolaria.dist import World
+from tolaria.kasmina.seed import Seed
+from tolaria.kasmina.slot import Gauge
+from tolaria.leyline.types import SeedStage
+from tolaria.objective import weighted_sums
+from tolaria.replica import Replica, evaluating
+from tolaria.state import TrainState
+from tolaria.task import Task
+
+PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
+
+    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
+    """
+
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Measures the run at a boundary. Collective: all ranks call it together."""
+
+    def __init__(self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World, batch: int) -> None:
+        self.task = task
+        self.state = state
+        self.replica = replica
+        self.loader = loader
+        self.world = world
+        self.size = dataset_size(task.validation, "validation")
+        self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
+
+    def measure(self, train_loss: Tensor, train_steps: int) -> Report:
+        """Validate, reduce over ranks, and update the evidence of every seed.
+
+        ``train_loss``: this rank's sum over ``train_steps`` steps, 0-D. Reads the device; blocks for the validation.
+        """
+        self.replica.synchronise_buffers()
+        local = {"train/loss": train_loss.detach().double().cpu(), "train/steps": torch.tensor(float(train_steps))}
+        local.update({f"val/{name}": value for name, value in self._pass().items()})
+        for seed in self.state.kasmina.seeds.values():
+            if seed.stage in PROBED:
+                local.update(self._probe(seed))
+        packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
+        values = dict(zip(local, packed.tolist(), strict=True))
+        report = self._report(values)
+        self._update_evidence(values, report.val_loss)
+        return report
+
+    def _pass(self) -> dict[str, Tensor]:
+        objective = self.state.objective
+        totals: dict[str, Tensor] = {}
+        with evaluating(objective):
+            for batch in self.loader.batches(self.task.validation, self._plan):
+                with self.replica.autocast():
+                    # Not through the objective: validation is eager, its shapes and modes would each be compiled.
+                    outputs = objective.model(batch.inputs)
+                for name, value in weighted_sums(self.task, outputs, batch).items():
+                    totals[name] = totals[name] + value if name in totals else value
+        return totals
+
+    def _probe(self, seed: Seed) -> dict[str, Tensor]:
+        with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
+            loss = self._pass()["loss"]
+        key = f"probe/{seed.slot}"
+        found = {f"{key}/loss": loss}
+        if isinstance(gauge, Gauge):
+            names = (f"{key}/host_squares", f"{key}/seed_squares", f"{key}/non_finite")
+            found.update(dict(zip(names, gauge.totals, strict=True)))
+            found[f"{key}/mismatch"] = torch.tensor(float(bool(gauge.mismatch)))
+        return found
+
+    def _report(self, values: Mapping[str, float]) -> Report:
+        steps = values["train/steps"]
+        means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
+        train_loss = values["train/loss"] / steps if steps else math.nan
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means)
+
+    def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
+        self.state.kasmina.read_norms()
+        for seed in self.state.kasmina.seeds.values():
+            if not seed.occupied:
+                continue
+            evidence: Any = seed.evidence
+            evidence.loss_now = val_loss
+            key = f"probe/{seed.slot}"
+            if f"{key}/loss" not in values:
+                continue
+            probed = values[f"{key}/loss"] / self.size
+            if seed.stage == SeedStage.PROBATIONARY:
+                evidence.loss_with, evidence.loss_without = val_loss, probed
+                continue
+            evidence.loss_with, evidence.loss_without = probed, val_loss
+            host, grown = values[f"{key}/host_squares"], values[f"{key}/seed_squares"]
+            evidence.output_ratio = math.sqrt(grown / host) if host > 0 else math.nan
+            evidence.non_finite_outputs = int(values[f"{key}/non_finite"])
+            evidence.shape_mismatch = "differs from the host's" if values[f"{key}/mismatch"] else ""

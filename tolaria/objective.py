@@ -1,0 +1,58 @@
+"""The function that is trained: model and loss in one module, which is what gets compiled and wrapped by DDP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.errors import TaskError
+from tolaria.kasmina.slot import Slot
+from tolaria.task import Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch on the device. ``weights``: shape (batch,), float32; 0 for samples that only fill up."""
+
+    inputs: Any
+    targets: Any
+    weights: Tensor
+
+
+def per_sample(values: Tensor, batch: int, what: str) -> Tensor:
+    """Shape (batch, ...) averaged to (batch,) in float32. Raises TaskError for another shape."""
+    if values.dim() == 0 or values.shape[0] != batch:
+        raise TaskError(
+            f"{what} returned shape {tuple(values.shape)} for a batch of {batch}; expected one value per sample, "
+            f'shape ({batch},) or ({batch}, ...), for example F.cross_entropy(..., reduction="none")'
+        )
+    return values.float().flatten(1).mean(1) if values.dim() > 1 else values.float()
+
+
+class Objective(nn.Module):
+    """Weighted loss of one microbatch: ``sum_i weights[i] * loss_i``, a 0-D float32 tensor.
+
+    The slots hang here as well as in the model, so that the seeds of attached slots are part of this module.
+    """
+
+    def __init__(self, task: Task, slots: Mapping[str, Slot]) -> None:
+        super().__init__()
+        self.model = task.model
+        self.slots = nn.ModuleList(slots.values())
+        self.loss = task.loss
+
+    def forward(self, inputs: Any, targets: Any, weights: Tensor) -> Tensor:
+        losses = self.loss(self.model(inputs), targets)
+        return (per_sample(losses, weights.shape[0], "the task's loss") * weights).sum()
+
+
+def weighted_sums(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+    """Validation values of one batch, summed with its weights: "loss", "accuracy" and the task's metrics, 0-D."""
+    functions = {"loss": task.loss, "accuracy": task.accuracy, **task.metrics}
+    count = batch.weights.shape[0]
+    values = {name: per_sample(f(outputs, batch.targets), count, name) for name, f in functions.items()}
+    # A filled-up sample has weight 0, but 0 * inf is NaN: leave it out instead of multiplying.
+    real = batch.weights > 0
+    return {name: torch.where(real, v * batch.weights, torch.zeros_like(v)).double().sum() for name, v in values.items()}

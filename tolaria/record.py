@@ -1,0 +1,168 @@
+"""What a run remembers of itself for its summary, and what a person sees while it goes. Rank 0; silent elsewhere."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tolaria.coordinator.apply import Applied
+from tolaria.coordinator.ledger import describe
+from tolaria.leyline.types import SeedStage
+from tolaria.measure import Report
+from tolaria.recovery.checkpoint import SaveOutcome
+from tolaria.state import HOST_GROUP, TrainState
+from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.progress import BoundaryRow, Progress, SeedCell
+from tolaria.telemetry.summary import Score, SeedRecord
+
+# Stages in which a seed acts on the model's output.
+ACTING = (SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED)
+
+
+class RunRecord:
+    """Scores, latencies and checkpoints of a run so far. Written by the loop, read by the summary."""
+
+    def __init__(self, state: TrainState, events: EventLog, progress: Progress) -> None:
+        self.state = state
+        self.events = events
+        self.progress = progress
+        self.parameters_start = state.parameter_count
+        self.final: Score | None = None
+        self.best: Score | None = None
+        self.before_growth: Score | None = None
+        self.latencies: list[dict[str, float]] = []
+        self.checkpoint: Path | None = None
+        self.checkpoint_step = -1
+        self.counters = {"checkpoints": 0, "checkpoint_failures": 0, "checkpoints_skipped": 0, "restarts": 0}
+        self.seconds_before = 0.0
+        self._committed = ""
+        self._started = self._last_row = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run over all its starts."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def boundary(self, report: Report, applied: Applied, measure_ms: float) -> None:
+        """Record one boundary: event, table row, scores."""
+        state = self.state
+        score = Score(
+            step=state.step,
+            epoch=state.sampler.epoch,
+            loss=report.val_loss,
+            accuracy=report.val_accuracy,
+            metrics=dict(report.metrics),
+        )
+        self.final = score
+        if self.best is None or score.accuracy > self.best.accuracy:
+            self.best = score
+        if self.before_growth is None and any(s.stage in ACTING for s in state.kasmina.seeds.values()):
+            # Validated before this boundary's command took effect, so still without the seed.
+            self.before_growth = score
+        latency = {**applied.latency_ms, "validation": measure_ms}
+        self.latencies.append(latency)
+        self.events.emit(
+            "boundary", boundary=state.boundary, epoch=score.epoch, train_loss=report.train_loss,
+            val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
+            mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
+            seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
+        )  # fmt: skip
+        self._row(report)
+        for outcome in applied.outcomes:
+            what = describe(outcome.command) if outcome.command is not None else "unreadable command"
+            text = f"{what}: {outcome.reason}" if outcome.reason else what
+            level = "info" if outcome.applied else "warning"
+            self.progress.note(text, label="tamiyo" if outcome.applied else "refused", level=level)
+
+    def _row(self, report: Report) -> None:
+        now = time.monotonic()
+        state = self.state
+        cells = [SeedCell(slot=n, stage=s.stage.name, alpha=s.alpha_value) for n, s in state.kasmina.seeds.items()]
+        self.progress.boundary(
+            BoundaryRow(
+                epoch=state.sampler.epoch,
+                step=state.step,
+                train_loss=report.train_loss,
+                val_loss=report.val_loss,
+                val_accuracy=report.val_accuracy,
+                lr=state.lr.lr_at(HOST_GROUP, state.step),
+                seconds=now - self._last_row,
+                seeds=[c for c in cells if c.stage != SeedStage.DORMANT.name],
+                mode=state.mode.name,
+                checkpoint=self._committed,
+            )
+        )
+        self._committed = ""
+        self._last_row = now
+
+    def saved(self, outcome: SaveOutcome, *, is_coordinator: bool) -> None:
+        """Record how a save ended."""
+        if outcome.path is not None:
+            self.checkpoint, self.checkpoint_step = outcome.path, outcome.step
+            self.counters["checkpoints"] += 1
+            self._committed = f"c{outcome.seq}"
+        else:
+            self.counters["checkpoint_failures"] += 1
+        if not is_coordinator:
+            return
+        if outcome.error is not None:
+            self.events.emit("checkpoint_failed", "error", saved_step=outcome.step, reason=outcome.error)
+            self.progress.note(f"not saved: {outcome.error}", label="ckpt", level="error")
+            return
+        self.events.emit(
+            "checkpoint_committed", saved_step=outcome.step, seq=outcome.seq, path=str(outcome.path),
+            bytes=outcome.size, seconds=round(outcome.seconds, 4), blocked_seconds=round(outcome.blocked_seconds, 4),
+        )  # fmt: skip
+        if outcome.cleanup_error is not None:
+            self.events.emit("checkpoint_cleanup_failed", "warning", reason=outcome.cleanup_error)
+
+    def seeds(self) -> list[SeedRecord]:
+        """Every slot as it is now."""
+        return [
+            SeedRecord(
+                slot=name,
+                blueprint=seed.blueprint,
+                stage=seed.stage.name,
+                parameters=seed.parameter_count,
+                alpha=seed.alpha_value,
+                contribution=seed.evidence.contribution if math.isfinite(seed.evidence.contribution) else None,
+            )
+            for name, seed in self.state.kasmina.seeds.items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary of a resumed run needs, as JSON."""
+        scores = {"final": self.final, "best": self.best, "before_growth": self.before_growth}
+        return {
+            "scores": {name: _score_to_json(score) for name, score in scores.items()},
+            "parameters_start": self.parameters_start,
+            "latencies": self.latencies[-1000:],
+            "counters": dict(self.counters),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for name, score in saved["scores"].items():
+            setattr(self, name, _score_from_json(score))
+        self.parameters_start = int(saved["parameters_start"])
+        self.latencies = [dict(entry) for entry in saved["latencies"]]
+        self.counters.update(saved["counters"])
+        self.seconds_before = float(saved["seconds"])
+
+
+def _score_to_json(score: Score | None) -> dict[str, Any] | None:
+    if score is None:
+        return None
+    return {**asdict(score), "loss": score.loss.hex(), "accuracy": score.accuracy.hex(),
+            "metrics": {k: v.hex() for k, v in score.metrics.items()}}  # fmt: skip
+
+
+def _score_from_json(saved: Mapping[str, Any] | None) -> Score | None:
+    if saved is None:
+        return None
+    plain = Score(step=int(saved["step"]), epoch=int(saved["epoch"]), loss=0.0, accuracy=0.0)
+    metrics = {k: float.fromhex(v) for k, v in saved["metrics"].items()}
+    return replace(plain, loss=float.fromhex(saved["loss"]), accuracy=float.fromhex(saved["accuracy"]), metrics=metrics)

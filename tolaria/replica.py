@@ -1,0 +1,197 @@
+"""This rank's compiled, data-parallel form of the objective: compile inside, DDP outside, shadows beside.
+
+    DDP( Objective.compile() )      host and seeds that act on the output; rebuilt only when what it trains changed
+    Shadow twin .compile()          one per TRAINING seed; its own gradients, its own collective
+
+A parameter added to a module after DDP wrapped it is silently never reduced, so every change of structure ends here.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tolaria.config import Config
+from tolaria.dist import World
+from tolaria.errors import TaskError
+from tolaria.kasmina.seed import Seed
+from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept
+from tolaria.objective import Batch, Objective
+from tolaria.state import TrainState, buffers_of
+from tolaria.telemetry.events import EventLog
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Replica:
+    """Runs forward and backward of this rank's model. Holds no state of its own that a checkpoint would need."""
+
+    def __init__(self, state: TrainState, world: World, config: Config, events: EventLog) -> None:
+        self.state = state
+        self.world = world
+        self.config = config
+        self.events = events
+        self.compiled = config.compile.enabled
+        self.shadows: list[tuple[Seed, Objective]] = []
+        self._ddp: DistributedDataParallel | None = None
+        self._wrapped: list[str] = []
+        self._warm: set[object] = set()
+        if self.compiled:
+            # One code object serves every structure of the run; past the limit dynamo would silently run eager.
+            torch._dynamo.config.recompile_limit = config.compile.structure_limit
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            state.objective.compile(mode=config.compile.mode)
+
+    def close(self) -> None:
+        """Let go of DDP's hooks and of the eager stance, if a failed compile had set it."""
+        self._ddp = None
+        self.shadows = []
+        if self.config.compile.enabled and not self.compiled:
+            torch.compiler.set_stance("default")
+
+    def autocast(self) -> torch.autocast:
+        """The run's autocast context; one kind for every call, since its state is part of the compiled guards."""
+        amp = self.config.precision.amp
+        dtype = AMP_DTYPES.get(amp, torch.bfloat16)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=amp != "off")
+
+    def rebuild(self, *, first: bool = False) -> None:
+        """Bring DDP and the shadow twins in line with the structure. All ranks call it; no collective but at ``first``.
+
+        ``first`` broadcasts rank 0's weights and buffers; later the weights are known to be equal.
+        """
+        objective = self.state.objective
+        blend = self.config.kasmina.blend
+        self.shadows = [(s, make_twin(objective, "slots", s, blend)) for s in self.state.kasmina.shadow_seeds()]  # type: ignore[misc]
+        if self.compiled:
+            for _, twin in self.shadows:
+                twin.compile(mode=self.config.compile.mode)
+        wanted = [name for name, p in objective.named_parameters() if p.requires_grad]
+        if self.world.data_group is None or (wanted == self._wrapped and not first):
+            return
+        # The old wrapper must be gone before the new one: its hooks would reduce every gradient a second time.
+        self._ddp = None
+        self._wrapped = wanted
+        if wanted:
+            self._ddp = self._wrap(objective, init_sync=first)
+
+    def _wrap(self, objective: Objective, *, init_sync: bool) -> DistributedDataParallel:
+        alphas = [name for name, _ in objective.named_buffers() if name.endswith(".form.alpha")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alphas)
+        device = self.world.device
+        return DistributedDataParallel(
+            objective,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            process_group=self.world.data_group,
+            init_sync=init_sync,
+            broadcast_buffers=next(buffers_of(self.state), None) is not None,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=self.config.dist.growth_bucket_mb,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Forward of one microbatch: the weighted loss, 0-D float32. In the autocast context of `autocast`."""
+        module = self._ddp if self._ddp is not None else self.state.objective
+        return module(batch.inputs, batch.targets, batch.weights)  # type: ignore[no-any-return]
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context in which backward does not reduce gradients over ranks (every microbatch but the last)."""
+        return self._ddp.no_sync() if self._ddp is not None else nullcontext()
+
+    def shadow_backward(self, batch: Batch) -> None:
+        """Forward and backward of every TRAINING seed's shadow; adds to the seeds' gradients on this rank only."""
+        if not self.shadows:
+            return
+        with random_streams_kept(self.world.device):
+            for _, twin in self.shadows:
+                with self.autocast():
+                    loss = twin(batch.inputs, batch.targets, batch.weights)
+                self.state.scaler.scale(loss).backward()
+
+    def average_shadow_gradients(self) -> None:
+        """Average the shadow gradients over ranks, in one collective of their own. All ranks call it."""
+        average_gradients([seed for seed, _ in self.shadows], self.world.data_group, self.world.world_size)
+
+    def synchronise_buffers(self) -> None:
+        """Rank 0's buffers (running statistics) on every rank, as DDP's next forward would make them anyway."""
+        if self.world.data_group is not None:
+            for buffer in buffers_of(self.state):
+                dist.broadcast(buffer, src=0, group=self.world.data_group)
+
+    # Warm-up
+
+    def warm_up(self, batch: Batch) -> None:
+        """Compile and check the present structure on one batch, leaving no trace in state, gradients or random streams.
+
+        Collective: all ranks call it after a change of structure. A compile failure on any rank puts every rank on
+        eager, with an event. Raises TaskError when the model itself fails or a trainable parameter got no gradient.
+        """
+        key = (self.state.kasmina.structure(), tuple(self._trained()), len(self.shadows))
+        if key in self._warm:
+            return
+        failure = ""
+        if self.compiled:
+            try:
+                self._trial(batch)
+            except RuntimeError as error:  # every dynamo, inductor and toolchain error is one
+                failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
+            if not self.world.peers.agree(not failure):
+                self._fall_to_eager(failure)
+        if not self.compiled:
+            try:
+                self._trial(batch)
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+                raise TaskError(f"the model failed on a batch: {type(error).__name__}: {error}") from error
+        self._warm.add(key)
+
+    def _fall_to_eager(self, failure: str) -> None:
+        self.compiled = False
+        torch.compiler.set_stance("force_eager")
+        self.events.emit("compile_fallback", "warning", reason=failure or "another rank could not compile")
+
+    def _trial(self, batch: Batch) -> None:
+        buffers = [(b, b.clone()) for b in buffers_of(self.state)]
+        try:
+            with random_streams_kept(self.world.device):
+                # Without sync a rank that fails here leaves no other one waiting in a collective.
+                with self.no_sync():
+                    with self.autocast():
+                        loss = self.loss(batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                self.shadow_backward(batch)
+            missing = [n for n, p in self._trained_parameters() if p.grad is None]
+        finally:
+            for _, parameter in self._trained_parameters():
+                parameter.grad = None
+            with torch.no_grad():
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+        if missing:
+            raise TaskError(
+                f"parameters without a gradient: {', '.join(missing[:5])}; use them in the loss or freeze them "
+                "with requires_grad_(False)"
+            )
+
+    def _trained(self) -> list[str]:
+        return [name for name, _ in self._trained_parameters()]
+
+    def _trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from ((n, p) for n, p in self.state.objective.named_parameters() if p.requires_grad)
+        for seed, _ in self.shadows:
+            yield from seed.named_parameters().items()
+
+
+@contextmanager
+def evaluating(objective: Objective) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is back in its own mode."""
+    modes = [(m, m.training) for m in objective.modules()]
+    objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

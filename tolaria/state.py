@@ -1,0 +1,268 @@
+"""`TrainState`: the one object that holds everything a run must not lose. Sole owner of what it holds.
+
+    replicated, equal on every rank       model, seeds, optimizer, LR, scaler, data position, step, mode
+    this rank's own                       random generators, meters of the running epoch
+
+All that is saved hangs here; `capture` and `load` are each other's inverse, and a run that is saved, loaded and
+continued is bit-equal to one that was not interrupted.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tolaria.data import EpochSampler
+from tolaria.errors import CheckpointMismatch
+from tolaria.kasmina.host import Kasmina
+from tolaria.leyline.types import SeedStage
+from tolaria.objective import Objective
+from tolaria.optim.lr import LRController
+from tolaria.optim.persist import group_options, load_group_options, load_state_tensors, state_tensors
+from tolaria.optim.rebuild import regroup
+
+HOST_GROUP = "host"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Normal or conservative, with the reason. ``held``: by command, so only a command ends it."""
+
+    conservative: bool = False
+    reason: str = ""
+    healthy: int = 0
+    held: bool = False
+
+    @property
+    def name(self) -> str:
+        return "conservative" if self.conservative else "normal"
+
+
+@dataclass(frozen=True)
+class Memento:
+    """What `TrainState.restore` needs to take back a change of structure, LR or mode."""
+
+    kasmina: dict[str, dict[str, Any]]
+    optimizer: Optimizer
+    options: list[dict[str, Any]]
+    lr: dict[str, Any]
+    mode: Mode
+
+
+class TrainState:
+    """Everything that training changes. Methods are local; call those that change something alike on all ranks."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        host_parameters: Mapping[str, nn.Parameter],
+        host_buffers: Mapping[str, Tensor],
+        kasmina: Kasmina,
+        optimizer: Optimizer,
+        lr: LRController,
+        scaler: torch.amp.GradScaler,
+        sampler: EpochSampler,
+    ) -> None:
+        self.objective = objective
+        self.host_parameters = dict(host_parameters)
+        self.host_buffers = dict(host_buffers)
+        self.kasmina = kasmina
+        self.optimizer = optimizer
+        self.lr = lr
+        self.scaler = scaler
+        self.sampler = sampler
+        self.mode = Mode()
+        self.step = 0
+        self.boundary = 0
+        self.skipped_steps = 0
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of host and seeds."""
+        return sum(p.numel() for p in self.host_parameters.values()) + self.kasmina.grown_parameters
+
+    # Structure
+
+    def regroup(self) -> None:
+        """Bring optimizer groups and LR groups in line with Kasmina's seeds; the host's state stays bit-identical."""
+        groups: dict[str, Mapping[str, nn.Parameter]] = {HOST_GROUP: self.host_parameters, **self.kasmina.groups()}
+        wanted = {name for members in groups.values() for name in members}
+        present = [group["name"] for group in self.optimizer.param_groups]
+        if present == list(groups):
+            return
+        had = {name for group in self.optimizer.param_groups for name in group["param_names"]}
+        self.optimizer = regroup(self.optimizer, groups, dropped=had - wanted)
+        for name in set(self.lr.groups) - set(groups):
+            self.lr.remove_group(name)
+        for name in groups:
+            if name not in self.lr.groups:
+                self.lr.add_group(name, "host" if name == HOST_GROUP else "seed", self.step)
+
+    def restart_warmup(self, group: str) -> None:
+        """Begin the LR warm-up of a seed's group at this step."""
+        self.lr.remove_group(group)
+        self.lr.add_group(group, "seed", self.step)
+
+    def left_overs(self, group: str) -> list[str]:
+        """What optimizer and LR controller still hold of a group (for gate G5)."""
+        held = ["optimizer group"] if any(g["name"] == group for g in self.optimizer.param_groups) else []
+        return held + (["LR group"] if group in self.lr.groups else [])
+
+    def memento(self) -> Memento:
+        """Keep what `restore` needs. Cheap: references and numbers, no copy of the host."""
+        options = group_options(self.optimizer)
+        return Memento(self.kasmina.memento(), self.optimizer, options, self.lr.state_dict(), self.mode)
+
+    def restore(self, memento: Memento) -> None:
+        """Take back every change of structure, LR and mode since `memento`."""
+        self.kasmina.restore(memento.kasmina)
+        self.optimizer = memento.optimizer
+        load_group_options(self.optimizer, memento.options)
+        self.lr.load_state_dict(memento.lr)
+        self.mode = memento.mode
+
+    def after_step(self, *, taken: bool) -> bool:
+        """Count one optimizer step, taken or skipped. True if it ended the epoch."""
+        self.step += 1
+        self.skipped_steps += not taken
+        if taken and not self.mode.conservative:
+            self.kasmina.advance()
+            for seed in self.kasmina.seeds.values():
+                if seed.stage == SeedStage.BLENDING:
+                    self.lr.set_progress(seed.group, seed.alpha_value)
+        return self.sampler.advance()
+
+    # What is equal on every rank
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live replicated tensors by name: ``model/...``, ``seed/<slot>/...``, ``optim/<parameter>/<key>``."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in (*self.host_parameters.items(), *self.host_buffers.items()):
+            found[f"model/{name}"] = tensor.detach()
+        for seed in self.kasmina.seeds.values():
+            for name, tensor in (*seed.named_parameters().items(), *seed.named_buffers().items()):
+                found[name] = tensor.detach()
+        for name, tensor in state_tensors(self.optimizer).items():
+            found[f"optim/{name}"] = tensor
+        return found
+
+    def meta(self) -> dict[str, Any]:
+        """The rest of the replicated state, as JSON."""
+        return {
+            "step": self.step,
+            "boundary": self.boundary,
+            "skipped_steps": self.skipped_steps,
+            "sampler": self.sampler.state_dict(),
+            "kasmina": self.kasmina.state_dict(),
+            "lr": self.lr.state_dict(),
+            "groups": group_options(self.optimizer),
+            "scaler": {key: value for key, value in self.scaler.state_dict().items()},
+            "mode": asdict(self.mode),
+        }
+
+    def digest(self) -> bytes:
+        """sha256 over names, types, shapes and bytes of all replicated state. Reads every tensor once."""
+        return _digest(self.tensors(), self.meta())
+
+    def structure_digest(self) -> bytes:
+        """sha256 over what a command can change: structure, new weights, groups, LR, mode. Does not read the host."""
+        seeds = {n: t for n, t in self.tensors().items() if n.startswith("seed/")}
+        shapes = [[n, str(t.dtype), list(t.shape)] for n, t in sorted(self.tensors().items())]
+        return _digest(seeds, {**self.meta(), "shapes": shapes})
+
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over a saved state. Raises CheckpointMismatch when it belongs to another model.
+
+        The seeds are built first; names, shapes and types of all tensors are checked before the first one is copied.
+        """
+        self.kasmina.load_state_dict(meta["kasmina"])
+        self.step, self.boundary = int(meta["step"]), int(meta["boundary"])
+        self.skipped_steps = int(meta["skipped_steps"])
+        self.regroup()
+        own = {n: t for n, t in self.tensors().items() if not n.startswith("optim/")}
+        saved = {n: t for n, t in tensors.items() if not n.startswith("optim/")}
+        _check_same(own, saved)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        load_group_options(self.optimizer, meta["groups"])
+        load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
+        self.lr.load_state_dict(meta["lr"])
+        self.scaler.load_state_dict(dict(meta["scaler"]))
+        self.sampler.load_state_dict(meta["sampler"])
+        self.mode = Mode(**meta["mode"])
+
+
+def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if own.keys() != saved.keys():
+        missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
+        raise CheckpointMismatch(f"tensors missing in the checkpoint: {missing[:5]}; unknown here: {extra[:5]}")
+    for name, tensor in own.items():
+        other = saved[name]
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            raise CheckpointMismatch(
+                f"tensor {name!r}: {other.dtype} {tuple(other.shape)} saved, {tensor.dtype} {tuple(tensor.shape)} here"
+            )
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    whole = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.digest()
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The states of this process's random generators: torch (CPU and device), numpy, Python."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    found = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy_keys": torch.from_numpy(numpy_state[1].astype(np.int64)),
+        "rng/numpy_rest": torch.tensor([numpy_state[2], numpy_state[3], numpy_state[4]], dtype=torch.float64),
+        "rng/python": torch.tensor([version, *internal], dtype=torch.int64),
+        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        found["rng/cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def load_rng_tensors(saved: Mapping[str, Tensor], device: torch.device) -> None:
+    """Take over what `rng_tensors` gave. Raises CheckpointMismatch when a generator is missing."""
+    missing = rng_tensors(device).keys() - saved.keys()
+    if missing:
+        raise CheckpointMismatch(f"random generators missing in the checkpoint: {sorted(missing)}")
+    torch.set_rng_state(saved["rng/torch"])
+    position, has_gauss, cached = saved["rng/numpy_rest"].tolist()
+    keys = saved["rng/numpy_keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    version, *internal = saved["rng/python"].tolist()
+    gauss = saved["rng/python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["rng/cuda"], device)
+
+
+def seed_rank(run_seed: int, step: int, rank: int) -> None:
+    """Seed this rank's generators for the time after ``step``: ranks differ, so that their dropout does."""
+    digest = hashlib.sha256(f"{run_seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    np.random.seed(int.from_bytes(digest[8:12], "big"))
+    random.seed(digest[12:])
+
+
+def buffers_of(state: TrainState) -> Iterator[Tensor]:
+    """Buffers that a forward pass may change, of host and seeds, in one order on all ranks."""
+    yield from (b for _, b in sorted(state.host_buffers.items()))
+    for seed in state.kasmina.seeds.values():
+        yield from (b for _, b in sorted(seed.named_buffers().items()))
