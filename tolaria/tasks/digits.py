@@ -14,10 +14,12 @@ from tolaria.task import Task
 
 VALIDATION_SHARE = 0.25
 SPLIT_SEED = 0
+PIXEL_MEAN, PIXEL_STD = 4.88, 6.02
+"""Of all pixels of the data set, whose values go from 0 to 16."""
 
 
 class Digits(Dataset[Any]):
-    """Images, float32 (1, 8, 8) in [0, 1], and labels, int64; batches are cut out of two tensors."""
+    """Images, float32 (1, 8, 8), and labels, int64; batches are cut out of two tensors."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -56,7 +58,8 @@ def load_split() -> tuple[Digits, Digits]:
     """Training and validation set: 1,347 and 450 images, every class in the same shares, the same split always."""
     images, labels = load_digits(return_X_y=True)
     rows = train_test_split(range(len(labels)), test_size=VALIDATION_SHARE, stratify=labels, random_state=SPLIT_SEED)
-    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+    pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
     classes = torch.tensor(labels, dtype=torch.int64)
     train, validation = (Digits(pixels[part], classes[part]) for part in rows)
     return train, validation
@@ -72,7 +75,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float()
 
 
-def make_task(width: int = 4) -> Task:
+def make_task(width: int = 2) -> Task:
     """The task; ``width`` is the host's number of channels. Slots: early (after the stem) and late (after the body)."""
     if width < 1:
         raise TaskError(f"task.args.width={width}: expected 1 or more channels")

@@ -49,7 +49,7 @@ def seed_line(seed: SeedRecord) -> tuple[str, str]:
     if 0 < seed.alpha < 1:
         text += f", alpha {seed.alpha:.2f}"
     if seed.contribution is not None:
-        text += f", lowers val loss by {number(seed.contribution)}"
+        text += f", contribution {number(seed.contribution)}"
     return seed.slot, text
 
 
