@@ -6,7 +6,10 @@ tcp://10.0.0.7:5700                 the network: needs CURVE on both sides
 """
 
 import ipaddress
+import socket
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from tolaria.errors import ConfigError
 
@@ -34,6 +37,29 @@ def parse_endpoint(url: str, key: str) -> Endpoint:
     if scheme == "tcp":
         return _tcp(url, rest, key)
     raise ConfigError(f"{key}={url!r}: expected ipc://PATH or tcp://HOST:PORT")
+
+
+def require_free(endpoint: Endpoint, key: str) -> None:
+    """Raise ConfigError when binding an ``ipc://`` endpoint would take a file from somebody.
+
+    libzmq removes whatever lies at the path before it binds, be it a live server's socket or a file of the user.
+    """
+    if not endpoint.url.startswith("ipc://"):
+        return
+    path = Path(endpoint.url.removeprefix("ipc://"))
+    if not path.is_symlink() and not path.exists():
+        return
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise ConfigError(f"{key}={endpoint.url!r}: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return  # left behind by a server that is dead
+        except OSError as error:
+            raise ConfigError(f"{key}={endpoint.url!r}: cannot tell whether it is in use ({error})") from error
+    raise ConfigError(f"{key}={endpoint.url!r}: another server answers there; stop it or choose another path")
 
 
 def _ipc(url: str, path: str, key: str) -> Endpoint:

@@ -16,7 +16,7 @@ import zmq
 from tolaria.errors import ConfigError, PolicyUnavailable
 from tolaria.leyline.framing import FrameKind
 from tolaria.tamiyo.curve import ClientCurve, Doorkeeper, ServerCurve
-from tolaria.tamiyo.endpoint import Endpoint
+from tolaria.tamiyo.endpoint import Endpoint, require_free
 
 MAX_RECEIVED_FRAMES = 65_536
 MAX_RECEIVED_BYTES = 64 * 1024 * 1024
@@ -63,7 +63,7 @@ class DealerTransport:
         deadline = time.monotonic() + deadline_s
         answer = None
         try:
-            answer = self._ask(self._open(), request, accept, deadline, resend_s)
+            answer = self._ask(request, accept, deadline, resend_s)
         except zmq.ZMQError as error:
             raise PolicyUnavailable("transport", f"{self._endpoint.url}: {error}") from error
         finally:
@@ -73,14 +73,17 @@ class DealerTransport:
             raise PolicyUnavailable("timeout", f"{self._endpoint.url}: no acceptable answer within {deadline_s:g} s")
         return answer
 
-    def _ask(
-        self, socket: "zmq.Socket[bytes]", request: bytes, accept: Accept[T], deadline: float, resend_s: float
-    ) -> T | None:
+    def _ask(self, request: bytes, accept: Accept[T], deadline: float, resend_s: float) -> T | None:
         """The exchange itself; None when the deadline has passed."""
         budget = _Budget()
-        sends_left, send_at = 2, -math.inf
+        socket = self._open()
+        sends_left, send_at, reopened = 2, -math.inf, False
         while (now := time.monotonic()) < deadline:
             due = sends_left > 0 and now >= send_at
+            if due and sends_left == 1 and not reopened and not socket.poll(0, zmq.POLLOUT):
+                # libzmq gives a connection up for good after a breach of its protocol, such as an oversized frame.
+                self._drop_socket()
+                socket, reopened = self._open(), True
             # Without a connected peer a DEALER with IMMEDIATE is not writable, so this waits for the connection too.
             wake_at = deadline if due or not sends_left else min(send_at, deadline)
             events = socket.poll(_milliseconds(wake_at - now), zmq.POLLIN | (zmq.POLLOUT if due else 0))
@@ -136,6 +139,7 @@ class RouterTransport:
 
     def __init__(self, endpoint: Endpoint, curve: ServerCurve | None = None) -> None:
         require_protection(endpoint, curve, "--bind")
+        require_free(endpoint, "--bind")
         self._context: Context = zmq.Context()
         self._doorkeeper = None if curve is None else Doorkeeper(self._context, curve)
         self._socket = self._context.socket(zmq.ROUTER)
