@@ -172,10 +172,10 @@ class Committer:
     def _open_locally(self, step: int, total: int) -> int:
         self._check_owner()
         self._fs.mkdir(self._root)
+        on_disk = [seq for name in self._fs.list_dir(self._root) if (seq := layout.used_seq(name)) is not None]
         sweep(self._root, self._fs)
         if self._fs.free_bytes(self._root) < total + FREE_SPACE_MARGIN_BYTES:
             raise OSError(errno.ENOSPC, f"{total} bytes needed", str(self._root))
-        on_disk = [seq for name in self._fs.list_dir(self._root) if (seq := layout.used_seq(name)) is not None]
         self._last_seq = max([self._last_seq, *on_disk]) + 1
         self._fs.make_dir(self._root / (layout.checkpoint_name(self._last_seq, step) + layout.TMP_SUFFIX))
         return self._last_seq
