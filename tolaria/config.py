@@ -4,11 +4,15 @@ Sources, later over earlier: defaults here, a TOML file (`--config`), flags (`--
 command line are in `tolaria/options.py`; this file imports nothing heavy, so a bad flag is answered at once.
 """
 
+import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Scalar: TypeAlias = bool | int | float | str
+
+# Run names and slot names travel as ids in messages, which are ASCII.
+_NAME_CHARS = frozenset(string.ascii_letters + string.digits + "-_.")
 
 
 def doc(default: Any, text: str) -> Any:
@@ -26,6 +30,8 @@ def require(ok: bool, key: str, value: Any, accepted: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """Name, place and seed of the run, and what it goes on from."""
+
     name: str = doc("run", "name of the run, part of its directory's name")
     root: str = doc("runs", "folder that holds run directories")
     dir: str = doc("", "run directory; empty: <root>/<UTC time>-<name>")
@@ -33,19 +39,28 @@ class RunConfig:
     resume: str = doc("no", "no | auto (newest run of this name, or start) | path of a run or checkpoint")
 
     def __post_init__(self) -> None:
-        ok = bool(self.name) and all(c.isalnum() or c in "-_." for c in self.name) and self.name[0] != "."
-        require(ok, "run.name", self.name, "letters, digits, '-', '_' and '.', not starting with '.'")
+        ok = (
+            bool(self.name)
+            and all(c in _NAME_CHARS for c in self.name)
+            and self.name[0] not in ".-"
+            and len(self.name) <= 64
+        )
+        require(ok, "run.name", self.name, "1 to 64 of a-z A-Z 0-9 - _ . starting with none of - .")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
+    """Which task, with which arguments."""
+
     factory: str = doc("tolaria.tasks.digits:make_task", "package.module:function that returns a tolaria.Task")
     args: Mapping[str, Scalar] = doc({}, "keyword arguments of the factory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Length, batches, boundaries and clipping."""
+
     epochs: int = doc(10, "epochs to train")
     max_steps: int = doc(0, "stop after so many optimizer steps; 0: no limit")
     batch_size: int = doc(32, "samples per rank and microbatch")
@@ -63,6 +78,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Loading of samples."""
+
     num_workers: int = doc(0, "loader processes per rank; 0: load in the training process")
     timeout_s: float = doc(60.0, "seconds to wait for a loader process before it counts as stuck")
     validation_batch_size: int = doc(256, "samples per rank and validation batch")
@@ -75,12 +92,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
+    """Number formats."""
+
     amp: Literal["bf16", "fp16", "off"] = doc("bf16", "autocast type; fp16 adds gradient scaling and needs CUDA")
     tf32: bool = doc(True, "TF32 matrix products on CUDA")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
+    """Compilation of the training step."""
+
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
     structure_limit: int = doc(64, "model structures kept compiled before further ones run eager")
@@ -91,6 +112,8 @@ class CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """The optimizer of the host and of every seed."""
+
     name: Literal["adamw", "adam", "sgd", "rmsprop"] = doc("adamw", "optimizer")
     lr: float = doc(1e-3, "peak learning rate of the host")
     weight_decay: float = doc(0.01, "weight decay")
@@ -109,6 +132,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LRConfig:
+    """Schedules of the learning rate, and the bounds of commands."""
+
     policy: Literal["constant", "linear", "cosine", "step", "wsd"] = doc("cosine", "schedule of the host")
     warmup_steps: int = doc(0, "steps of linear warm-up")
     final_ratio: float = doc(0.1, "last learning rate as a share of the peak (linear, cosine, wsd)")
@@ -134,6 +159,8 @@ class LRConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KasminaConfig:
+    """Slots, blending, and the thresholds of the gates."""
+
     slots: Mapping[str, str] = doc({}, "slots to attach, name -> module path; added to the task's own")
     blend: Literal["residual", "convex"] = doc("residual", "h + alpha*f(x), or (1-alpha)*h + alpha*f(x)")
     schedule: Literal["sigmoid", "linear", "cosine"] = doc("sigmoid", "course of alpha from 0 to 1")
@@ -158,6 +185,8 @@ class KasminaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TamiyoConfig:
+    """The policy: which, where, and how long it may take."""
+
     policy: str = doc("heuristic", "embedded policy: heuristic | noop | none | script:FILE | package.module:Class")
     args: Mapping[str, Scalar] = doc({}, "keyword arguments of the embedded policy")
     endpoint: str = doc("", "ZeroMQ endpoint of a policy service (ipc://, tcp://); empty: embedded")
@@ -188,6 +217,8 @@ class TamiyoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
     every: int = doc(1, "boundaries between checkpoints; 0: only the last one")
     keep: int = doc(3, "newest checkpoints to keep")
 
@@ -198,6 +229,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistConfig:
+    """Ranks: device, deadlines, threads."""
+
     device: Literal["auto", "cpu", "cuda"] = doc("auto", "device of every rank")
     timeout_s: float = doc(300.0, "seconds until a silent rank counts as lost in gradient collectives")
     control_timeout_s: float = doc(300.0, "seconds until a silent rank counts as lost elsewhere")
@@ -213,6 +246,8 @@ class DistConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
+    """Metrics and progress."""
+
     interval_steps: int = doc(10, "optimizer steps between lines in metrics.jsonl")
     progress: Literal["auto", "plain", "off"] = doc("auto", "progress on the terminal")
 

@@ -8,8 +8,8 @@ The last group of an epoch is filled up with samples of weight 0, so that every 
 rank takes part in every collective, and the shapes (and with them the compiled graph) never change.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ Plan = list[tuple[list[int], list[float]]]
 def dataset_size(dataset: Dataset[Any], what: str) -> int:
     """Number of samples. Raises TaskError for a dataset without a length or without samples."""
     try:
-        size = len(dataset)  # type: ignore[arg-type]
+        size = len(cast(Sized, dataset))
     except TypeError as error:
         raise TaskError(f"the task's {what} data has no len(); expected a map-style dataset") from error
     if size < 1:
@@ -59,12 +59,14 @@ class EpochSampler:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may be partly filled."""
         return -(-self.num_samples // self.group_size)
 
     def order(self) -> list[int]:
         """The sample order of the present epoch."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(self.num_samples, generator=generator).tolist()  # type: ignore[no-any-return]
+        order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
+        return order
 
     def remaining(self) -> Plan:
         """This rank's microbatches from the cursor to the end of the epoch: (indices, weights) of each."""
@@ -87,6 +89,7 @@ class EpochSampler:
         return True
 
     def state_dict(self) -> dict[str, int]:
+        """The position, and what it is a position in."""
         return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_samples": self.num_samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

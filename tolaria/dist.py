@@ -10,10 +10,10 @@ import os
 import secrets
 import struct
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,8 @@ class Peers:
         if self.group is None:
             return None
         with _peer_errors("fence"):
-            return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work: dist.Work | None = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            return work
 
     @staticmethod
     def finish(work: dist.Work | None) -> None:
@@ -147,6 +148,7 @@ class World:
 
     @property
     def is_coordinator(self) -> bool:
+        """Whether this is rank 0, which talks to the policy and decides."""
         return self.global_rank == 0
 
     def close(self) -> None:
@@ -170,28 +172,32 @@ def _agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_
         time.sleep(0.01)
 
     if rank == 0:
-        generation = secrets.token_hex(8)
-        answered: dict[int, bytes] = {}
-        pending = set(range(1, world_size))
-        while pending:
-            for peer in sorted(pending):
-                hello = f"tolaria/hello/{peer}"
-                if store.check([hello]):
-                    nonce = store.get(hello)
-                    if answered.get(peer) != nonce:
-                        store.set(f"tolaria/reply/{nonce.decode()}", generation)
-                        answered[peer] = nonce
-                if store.check([f"tolaria/ack/{generation}/{peer}"]):
-                    pending.discard(peer)
-            if pending:
-                waiting(f"ranks {sorted(pending)} did not join")
-        return generation
+        return _welcome(store, world_size, waiting)
     nonce = secrets.token_hex(8)
     store.set(f"tolaria/hello/{rank}", nonce)
     while not store.check([f"tolaria/reply/{nonce}"]):
         waiting("rank 0 did not answer")
-    generation = store.get(f"tolaria/reply/{nonce}").decode()
+    generation: str = store.get(f"tolaria/reply/{nonce}").decode()
     store.set(f"tolaria/ack/{generation}/{rank}", "1")
+    return generation
+
+
+def _welcome(store: dist.Store, world_size: int, waiting: Callable[[str], None]) -> str:
+    """Rank 0's side of the agreement: answer every nonce until every rank has acknowledged the generation."""
+    generation = secrets.token_hex(8)
+    answered: dict[int, str] = {}
+    pending = set(range(1, world_size))
+    while pending:
+        for peer in sorted(pending):
+            hello = f"tolaria/hello/{peer}"
+            nonce = store.get(hello).decode() if store.check([hello]) else ""
+            if nonce and answered.get(peer) != nonce:
+                store.set(f"tolaria/reply/{nonce}", generation)
+                answered[peer] = nonce
+            if store.check([f"tolaria/ack/{generation}/{peer}"]):
+                pending.discard(peer)
+        if pending:
+            waiting(f"ranks {sorted(pending)} did not join")
     return generation
 
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 -m tolaria.launch --config launch/configs/digits.toml     two ranks
     python -m tolaria.launch --config ...                                                 one process, compiled
-    python -m tolaria.launch --config ... --debug                                         one process, eager, anomaly checks
+    python -m tolaria.launch --config ... --debug                                         one process, eager, checked
 
 Exit codes: 0 finished, or stopped on request with a checkpoint; 2 configuration or task; 70 ranks differ; 71 a rank
 was lost; 73 run directory; 74 checkpoint; 75 run directory in use. torchrun itself reports 1 for any of them.
@@ -10,6 +10,7 @@ was lost; 73 run directory; 74 checkpoint; 75 run directory in use. torchrun its
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from tolaria.errors import PeerLost, TolariaError
@@ -19,14 +20,16 @@ from tolaria.options import parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; the exit code. A wrong flag is answered before torch is loaded."""
     config = parse(argv)
-    from tolaria.process import agent_id, set_parent_death_signal
+    from tolaria.process import agent_id, set_parent_death_signal  # noqa: PLC0415 - after the flags, as torch below
 
     if agent_id() is not None:
         # Ranks whose torchrun was killed would train on, unseen, and write into the run directory.
         set_parent_death_signal()
+    # Said once per rank for convolutions of one channel, whose gradients have two equal layouts.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     rank = os.environ.get("RANK", "0")
     try:
-        from tolaria.build import train
+        from tolaria.build import train  # noqa: PLC0415 - seconds of importing torch
 
         train(config)
     except TolariaError as error:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    from torch.distributed import DistError
+    from torch.distributed import DistError  # noqa: PLC0415 - as above
 
     text = str(error).lower()
     return isinstance(error, DistError) or "gloo" in text or "connection closed by peer" in text

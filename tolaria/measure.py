@@ -41,7 +41,9 @@ class Report:
 class Evaluator:
     """Measures the run at a boundary. Collective: all ranks call it together."""
 
-    def __init__(self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World, batch: int) -> None:
+    def __init__(
+        self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World, batch: int
+    ) -> None:
         self.task = task
         self.state = state
         self.replica = replica

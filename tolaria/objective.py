@@ -44,6 +44,7 @@ class Objective(nn.Module):
         self.loss = task.loss
 
     def forward(self, inputs: Any, targets: Any, weights: Tensor) -> Tensor:
+        """``inputs`` and ``targets`` as the task's collate made them; ``weights``: (batch,), float32."""
         losses = self.loss(self.model(inputs), targets)
         return (per_sample(losses, weights.shape[0], "the task's loss") * weights).sum()
 
@@ -55,4 +56,6 @@ def weighted_sums(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:
     values = {name: per_sample(f(outputs, batch.targets), count, name) for name, f in functions.items()}
     # A filled-up sample has weight 0, but 0 * inf is NaN: leave it out instead of multiplying.
     real = batch.weights > 0
-    return {name: torch.where(real, v * batch.weights, torch.zeros_like(v)).double().sum() for name, v in values.items()}
+    return {
+        name: torch.where(real, v * batch.weights, torch.zeros_like(v)).double().sum() for name, v in values.items()
+    }

@@ -13,7 +13,7 @@ from tolaria.leyline.types import SeedStage
 from tolaria.measure import Report
 from tolaria.recovery.checkpoint import SaveOutcome
 from tolaria.state import HOST_GROUP, TrainState
-from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.events import EventLog, Level
 from tolaria.telemetry.progress import BoundaryRow, Progress, SeedCell
 from tolaria.telemetry.summary import Score, SeedRecord
 
@@ -73,7 +73,7 @@ class RunRecord:
         for outcome in applied.outcomes:
             what = describe(outcome.command) if outcome.command is not None else "unreadable command"
             text = f"{what}: {outcome.reason}" if outcome.reason else what
-            level = "info" if outcome.applied else "warning"
+            level: Level = "info" if outcome.applied else "warning"
             self.progress.note(text, label="tamiyo" if outcome.applied else "refused", level=level)
 
     def _row(self, report: Report) -> None:

@@ -6,8 +6,10 @@
 A parameter added to a module after DDP wrapped it is silently never reduced, so every change of structure ends here.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,12 @@ from tolaria.objective import Batch, Objective
 from tolaria.state import TrainState, buffers_of
 from tolaria.telemetry.events import EventLog
 
+# The newer name keeps the sync of buffers at construction, the older one is all that torch 2.11 knows.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,12 +90,13 @@ class Replica:
         alphas = [name for name, _ in objective.named_buffers() if name.endswith(".form.alpha")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alphas)
         device = self.world.device
+        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: next(buffers_of(self.state), None) is not None}
         return DistributedDataParallel(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,
             process_group=self.world.data_group,
             init_sync=init_sync,
-            broadcast_buffers=next(buffers_of(self.state), None) is not None,
+            **sync_buffers,
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.config.dist.growth_bucket_mb,
         )
@@ -160,7 +169,7 @@ class Replica:
                 with self.no_sync():
                     with self.autocast():
                         loss = self.loss(batch)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                 self.shadow_backward(batch)
             missing = [n for n, p in self._trained_parameters() if p.grad is None]
         finally:

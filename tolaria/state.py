@@ -42,6 +42,7 @@ class Mode:
 
     @property
     def name(self) -> str:
+        """ "normal" or "conservative"."""
         return "conservative" if self.conservative else "normal"
 
 
@@ -164,7 +165,7 @@ class TrainState:
             "kasmina": self.kasmina.state_dict(),
             "lr": self.lr.state_dict(),
             "groups": group_options(self.optimizer),
-            "scaler": {key: value for key, value in self.scaler.state_dict().items()},
+            "scaler": dict(self.scaler.state_dict()),
             "mode": asdict(self.mode),
         }
 

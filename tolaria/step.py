@@ -1,10 +1,10 @@
 """One optimizer step.
 
-    microbatches   forward + loss (autocast, compiled) -> backward, reduced over ranks on the last one only
-    shadows        TRAINING seeds learn beside the host, in a collective of their own
-    gradients      unscale -> norms -> clip, host and each seed by itself
-    verdict        is the reduced gradient finite? the same answer on every rank
-    update         LR -> optimizer -> scaler -> zero
+microbatches   forward + loss (autocast, compiled) -> backward, reduced over ranks on the last one only
+shadows        TRAINING seeds learn beside the host, in a collective of their own
+gradients      unscale -> norms -> clip, host and each seed by itself
+verdict        is the reduced gradient finite? the same answer on every rank
+update         LR -> optimizer -> scaler -> zero
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,6 +44,7 @@ class TrainStep:
         self.debug = debug
 
     def __call__(self, group: Sequence[Batch]) -> StepResult:
+        """``group``: the microbatches of this step on the device, at least one."""
         with torch.autograd.set_detect_anomaly(True) if self.debug else nullcontext():
             loss = self._backward(group)
         host = _gradients(self.state.host_parameters.values())
@@ -72,7 +73,7 @@ class TrainStep:
             with nullcontext() if position == len(group) - 1 else self.replica.no_sync():
                 with self.replica.autocast():
                     loss = self.replica.loss(batch)
-                scale(loss).backward()  # type: ignore[no-untyped-call]
+                scale(loss).backward()
             self.replica.shadow_backward(batch)
             total += loss.detach()
         self.replica.average_shadow_gradients()

@@ -1,14 +1,14 @@
 """The training loop.
 
-    for every epoch
-        for every group of microbatches                       tolaria/data.py
-            fence opens     flags of all ranks, in flight while the step computes
-            step            forward, backward, clip, verdict, update        tolaria/step.py
-            fence closes    one verdict for all ranks                       tolaria/fence.py
-            boundary due?   measure -> policy -> decision -> apply          tolaria/measure.py, coordinator/
-                            -> checkpoint due? -> telemetry
-            stop asked?     one agreed checkpoint, then leave
-    one last boundary, one last checkpoint, digests of all ranks compared
+for every epoch
+    for every group of microbatches                       tolaria/data.py
+        fence opens     flags of all ranks, in flight while the step computes
+        step            forward, backward, clip, verdict, update        tolaria/step.py
+        fence closes    one verdict for all ranks                       tolaria/fence.py
+        boundary due?   measure -> policy -> decision -> apply          tolaria/measure.py, coordinator/
+                        -> checkpoint due? -> telemetry
+        stop asked?     one agreed checkpoint, then leave
+one last boundary, one last checkpoint, digests of all ranks compared
 """
 
 import signal
@@ -108,7 +108,9 @@ class Trainer:
 
     def _done(self) -> bool:
         config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or bool(config.max_steps and self.state.step >= config.max_steps)
+        return self.state.sampler.epoch >= config.epochs or bool(
+            config.max_steps and self.state.step >= config.max_steps
+        )
 
     def _signal(self) -> int:
         name = self.parts.stop.signal_name
@@ -129,15 +131,14 @@ class Trainer:
             self._loss_steps += 1
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
             # Reading the loss waits for the device; once per interval that is what the line is for.
-            parts.metrics.write(
-                state.step, epoch=state.sampler.epoch, loss=float(result.loss), lr=state.lr.lr_at(HOST_GROUP, state.step - 1),
-                **{f"alpha/{n}": s.alpha_value for n, s in state.kasmina.seeds.items() if s.occupied},
-            )  # fmt: skip
+            alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
+            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
+            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss=float(result.loss), lr=rate, **alphas)
         if parts.progress.step_due():
             sampler = state.sampler
             parts.progress.step(
                 StepInfo(
-                    epoch=sampler.epoch + 1, epochs=parts.config.train.epochs, step=state.step,
+                    epoch=sampler.epoch + 1, epochs=parts.config.train.epochs,
                     epoch_step=sampler.cursor // sampler.group_size, epoch_steps=sampler.steps_per_epoch,
                     loss=float(result.loss), lr=state.lr.lr_at(HOST_GROUP, state.step),
                 )

@@ -1,11 +1,11 @@
 """How a decision takes effect: on all ranks at one step, or on none.
 
-    plan      each rank checks every command against its own state; refused ones fall out, with the reason
-    vote      do all ranks plan the same?                      no -> nothing is applied
-    apply     structure, optimizer groups, LR, DDP wrapper
-    vote      did it work everywhere?                          no -> every rank returns to the state before
-    compare   digest of names, shapes, new weights, groups, LR no -> every rank returns to the state before
-    warm up   compile the new structure, check its gradients   no -> every rank returns to the state before
+plan      each rank checks every command against its own state; refused ones fall out, with the reason
+vote      do all ranks plan the same?                      no -> nothing is applied
+apply     structure, optimizer groups, LR, DDP wrapper
+vote      did it work everywhere?                          no -> every rank returns to the state before
+compare   digest of names, shapes, new weights, groups, LR no -> every rank returns to the state before
+warm up   compile the new structure, check its gradients   no -> every rank returns to the state before
 """
 
 import hashlib
@@ -136,7 +136,9 @@ def _check_command(command: Command, state: TrainState, touched: set[str]) -> No
     if refused is not None:
         raise CommandRefused(*refused)
     if command.target_seed_id in touched and command.command_type == CommandType.SEED:
-        raise CommandRefused("one_per_boundary", f"slot {command.target_seed_id!r} was commanded at this boundary already")
+        raise CommandRefused(
+            "one_per_boundary", f"slot {command.target_seed_id!r} was commanded at this boundary already"
+        )
 
 
 def _check_optimizer(payload: OptimizerCommand, state: TrainState) -> None:

@@ -1,9 +1,9 @@
 """The boundary's conversation: rank 0 asks the policy, every rank obeys the same decision.
 
-    rank 0   state packet -> policy (deadline, breaker) -> decision ----+
-    all      <- fixed-size broadcast of the exact bytes <---------------+
-    all      plan, vote, apply, vote, compare   (tolaria/coordinator/apply.py)
-    rank 0   field reports for the next packet
+rank 0   state packet -> policy (deadline, breaker) -> decision ----+
+all      <- fixed-size broadcast of the exact bytes <---------------+
+all      plan, vote, apply, vote, compare   (tolaria/coordinator/apply.py)
+rank 0   field reports for the next packet
 """
 
 import math
@@ -25,7 +25,7 @@ from tolaria.replica import Replica
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
-from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.events import EventLog, Level
 
 MAX_MEASUREMENT = 1e30
 
@@ -134,7 +134,7 @@ class Coordinator:
                                  what=record.what, code=outcome.code, reason=outcome.reason)  # fmt: skip
         before, after = applied.mode_before, self.state.mode
         if self.world.is_coordinator and before.conservative != after.conservative:
-            level = "warning" if after.conservative else "info"
+            level: Level = "warning" if after.conservative else "info"
             self.events.emit("mode_changed", level, mode=after.name, reason=after.reason or "healthy again")
 
     def _packet(self, report: Report) -> SystemState:

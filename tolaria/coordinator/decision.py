@@ -1,6 +1,6 @@
 """Decisions, pure: what rank 0 tells every rank at a boundary, and what that makes of the run's mode.
 
-    reply or failure, present mode  ->  Decision (broadcast as it is)  ->  the next mode, the same on every rank
+reply or failure, present mode  ->  Decision (broadcast as it is)  ->  the next mode, the same on every rank
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ class Answer:
 
     @property
     def failed(self) -> bool:
+        """Whether the policy should have answered and did not."""
         return self.code not in (ANSWERED, NO_POLICY)
 
 

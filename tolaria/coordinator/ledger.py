@@ -112,9 +112,7 @@ class Ledger:
         pairs = {"loss_before": watched.loss, "loss_after": loss, "accuracy_after": accuracy}
         metrics = {name: value for name, value in pairs.items() if math.isfinite(value)}
         name = f"{record.command_id}:1"
-        self._report(
-            name, record.command_id, outcome, watched.seed_id, watched.blueprint_id, metrics, window, effect
-        )
+        self._report(name, record.command_id, outcome, watched.seed_id, watched.blueprint_id, metrics, window, effect)
         return record
 
     def _report(
@@ -148,9 +146,7 @@ class Ledger:
         return {
             "records": [asdict(r) for r in self.records.values()],
             "pending": [asdict(r) for r in self._pending.values()],
-            "watched": [
-                {**asdict(w), "loss": w.loss.hex(), "accuracy": w.accuracy.hex()} for w in self._watched
-            ],
+            "watched": [{**asdict(w), "loss": w.loss.hex(), "accuracy": w.accuracy.hex()} for w in self._watched],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

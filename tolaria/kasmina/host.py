@@ -1,6 +1,5 @@
 """Kasmina: the host's slots and the seeds in them. Sole owner of seeds; the same calls on every rank, in one order."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +12,12 @@ from torch import nn
 from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.kasmina import gates
-from tolaria.kasmina.blueprints import get_blueprint
 from tolaria.kasmina.gates import Evidence, GateResult
-from tolaria.kasmina.lifecycle import HOLDS_SEED, Move, after_boundary, move
+from tolaria.kasmina.growth import build_seed, check_graft_parameters, form_for, learns
+from tolaria.kasmina.lifecycle import Move, after_boundary, move
 from tolaria.kasmina.seed import NormRing, Seed
-from tolaria.kasmina.slot import Active, Blend, Gauge, HostOnly, Slot, StraightThrough
+from tolaria.kasmina.slot import Gauge, HostOnly, Slot
 from tolaria.leyline.types import Command, SeedCommand, SeedGate, SeedOp, SeedStage, SeedState
-
-GRAFT_PARAMETERS = ("blend_steps",)
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,6 @@ class Kasmina:
         }
         self._host_only = {name: HostOnly() for name in slots}
 
-    # What is there
-
     @property
     def grown_parameters(self) -> int:
         """Parameters of all seeds together."""
@@ -80,14 +75,12 @@ class Kasmina:
 
     def learning_seeds(self) -> list[Seed]:
         """Seeds whose parameters get gradients now."""
-        return [s for s in self.seeds.values() if s.module is not None and _learns(s, self.config)]
+        return [s for s in self.seeds.values() if s.module is not None and learns(s, self.config)]
 
     def structure(self) -> tuple[tuple[str, str, str], ...]:
         """What the forward graph looks like: (slot, form, blueprint) for every slot that is not host only."""
         forms = ((n, type(s.form).__name__, self.seeds[n].blueprint) for n, s in sorted(self.slots.items()))
         return tuple(f for f in forms if f[1] != HostOnly.__name__)
-
-    # Commands
 
     def plan(self, command: Command, *, already_planned: int = 0) -> PlannedMove:
         """Check a seed command without changing anything; raises CommandRefused with the reason.
@@ -108,8 +101,8 @@ class Kasmina:
         if payload.operation == SeedOp.GERMINATE:
             module = self._build(seed, payload.blueprint_id, command.command_id)
         if payload.operation == SeedOp.START_GRAFTING:
-            _check_graft_parameters(payload.parameters)
-        result = self._gate(found, seed, module, already_planned)
+            check_graft_parameters(payload.parameters)
+        result = self._judge(found, seed, module, already_planned)
         if result is not None and not result.ok:
             raise CommandRefused(result.gate.name.lower(), f"gate {result.gate.name}: {result.reason}")
         return PlannedMove(command, payload, found, result, module)
@@ -173,8 +166,6 @@ class Kasmina:
         for seed in self.seeds.values():
             seed.advance()
 
-    # Evidence
-
     def read_norms(self) -> None:
         """Move the gradient norms from the device into the seeds' evidence. Synchronises with the device."""
         for seed in self.seeds.values():
@@ -205,7 +196,7 @@ class Kasmina:
             SeedStage.PROBATIONARY: SeedOp.FOSSILIZE,
         }
         operation = forward.get(seed.stage)
-        return self._gate(move(seed.stage, operation), seed, None, 0) if operation is not None else None
+        return self._judge(move(seed.stage, operation), seed, None, 0) if operation is not None else None
 
     def seed_states(self, learning_rate: Callable[[str], float]) -> tuple[SeedState, ...]:
         """Every slot as the policy sees it."""
@@ -236,8 +227,6 @@ class Kasmina:
             risk_score=0.0 if gate is None or gate.ok else 1.0,
         )
 
-    # Undo, save, load
-
     def memento(self) -> dict[str, dict[str, Any]]:
         """What `restore` needs to take back every change of structure made after this call."""
         return {name: seed.memento() for name, seed in self.seeds.items()}
@@ -262,7 +251,9 @@ class Kasmina:
             raise CheckpointMismatch(f"the checkpoint has slots {sorted(saved)}, the model has {sorted(self.seeds)}")
         for name, seed in self.seeds.items():
             if tuple(saved[name]["shape"]) != seed.shape:
-                raise CheckpointMismatch(f"slot {name!r}: shape {saved[name]['shape']} saved, {seed.shape} in the model")
+                raise CheckpointMismatch(
+                    f"slot {name!r}: shape {saved[name]['shape']} saved, {seed.shape} in the model"
+                )
             seed.load_state_dict(saved[name])
             try:
                 seed.module = self._build(seed, seed.blueprint, seed.command_id) if seed.occupied else None
@@ -270,46 +261,6 @@ class Kasmina:
                 raise CheckpointMismatch(f"slot {name!r}: its seed cannot be built again: {error}") from error
             self._settle(seed)
         self.host_norms.load([float.fromhex(n) for n in state["host_norms"]])
-
-    # Inside
-
-    def _build(self, seed: Seed, blueprint_id: str, command_id: str) -> nn.Module:
-        """The blueprint's module with weights that depend only on run seed and command id."""
-        blueprint = get_blueprint(blueprint_id)
-        if len(seed.shape) not in blueprint.ranks:
-            fits = ", ".join(str(r) for r in sorted(blueprint.ranks))
-            raise CommandRefused(
-                "shape", f"blueprint {blueprint_id!r} takes samples of rank {fits}; slot {seed.slot} has {seed.shape}"
-            )
-        digest = hashlib.sha256(f"{self._run_seed}/{command_id}".encode()).digest()
-        # The CPU generator alone: torch.manual_seed would reseed the GPUs, and with them the host's dropout.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            try:
-                module = blueprint.build(seed.shape)
-                with torch.no_grad():
-                    out = module(torch.zeros(2, *seed.shape))
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise CommandRefused("blueprint_failed", f"blueprint {blueprint_id!r}: {error}") from error
-        if tuple(out.shape[1:]) != seed.shape:
-            raise CommandRefused("shape", f"blueprint {blueprint_id!r} maps {seed.shape} to {tuple(out.shape[1:])}")
-        return module.to(self.device)
-
-    def _gate(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
-        if found.gate is None:
-            return None
-        if found.gate == SeedGate.G0_SANITY:
-            count = sum(p.numel() for p in module.parameters()) if module is not None else 0
-            return gates.g0_sanity(count, self.grown_parameters + planned, self.config)
-        if found.gate == SeedGate.G1_GRADIENT_HEALTH:
-            if found.to == SeedStage.TRAINING:
-                return gates.g1_gradient_health(self.host_norms.read(), self.config.gradient_window, "the host")
-            return gates.g1_gradient_health(seed.evidence.gradient_norms, self.config.gradient_window, "the seed")
-        if found.gate == SeedGate.G2_STABILITY:
-            return gates.g2_stability(seed.alpha_value, seed.evidence, self.config)
-        if found.gate == SeedGate.G3_INTERFACE:
-            return gates.g3_interface(seed.evidence, self.config)
-        return gates.g4_system_impact(seed.evidence, self.config)
 
     def _clear(self, seed: Seed) -> None:
         seed.module = None
@@ -322,36 +273,27 @@ class Kasmina:
 
     def _settle(self, seed: Seed) -> None:
         """Give slot and parameters the form that the seed's stage asks for."""
-        self.slots[seed.slot].form = self._form(seed)
+        form = form_for(seed, self.config)
+        self.slots[seed.slot].form = form if form is not None else self._host_only[seed.slot]
         if seed.module is not None:
-            seed.module.requires_grad_(_learns(seed, self.config))
+            seed.module.requires_grad_(learns(seed, self.config))
 
-    def _form(self, seed: Seed) -> nn.Module:
-        if seed.module is None or seed.stage not in HOLDS_SEED:
-            return self._host_only[seed.slot]
-        if seed.stage == SeedStage.TRAINING and self.config.signal == "straight_through":
-            return StraightThrough(seed.module, self.config.output_ratio)
-        if seed.stage == SeedStage.BLENDING:
-            return Blend(seed.module, seed.alpha, self.config.blend)
-        if seed.stage in (SeedStage.PROBATIONARY, SeedStage.FOSSILIZED):
-            return Active(seed.module, self.config.blend)
-        return self._host_only[seed.slot]
+    def _build(self, seed: Seed, blueprint_id: str, command_id: str) -> nn.Module:
+        module = build_seed(blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id)
+        return module.to(self.device)
 
-
-def _learns(seed: Seed, config: KasminaConfig) -> bool:
-    if seed.stage == SeedStage.PROBATIONARY:
-        return seed.fine_tuning
-    if seed.stage == SeedStage.FOSSILIZED:
-        return not config.freeze_fossilized
-    return seed.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
-
-
-def _check_graft_parameters(parameters: Mapping[str, float]) -> None:
-    unknown = sorted(set(parameters) - set(GRAFT_PARAMETERS))
-    if unknown:
-        raise CommandRefused("unknown_parameter", f"START_GRAFTING takes {GRAFT_PARAMETERS}, not {unknown}")
-    steps = parameters.get("blend_steps", 1.0)
-    if not (1 <= steps <= 1_000_000 and float(steps).is_integer()):
-        raise CommandRefused("bad_parameter", f"blend_steps={steps}: expected a whole number from 1 to 1000000")
-
-
+    def _judge(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
+        """The word of the gate before a move; None where there is no gate."""
+        config, evidence = self.config, seed.evidence
+        count = sum(p.numel() for p in module.parameters()) if module is not None else 0
+        of_host = found.to == SeedStage.TRAINING
+        norms = self.host_norms.read() if of_host else evidence.gradient_norms
+        whose = "the host" if of_host else "the seed"
+        words = {
+            SeedGate.G0_SANITY: lambda: gates.g0_sanity(count, self.grown_parameters + planned, config),
+            SeedGate.G1_GRADIENT_HEALTH: lambda: gates.g1_gradient_health(norms, config.gradient_window, whose),
+            SeedGate.G2_STABILITY: lambda: gates.g2_stability(seed.alpha_value, evidence, config),
+            SeedGate.G3_INTERFACE: lambda: gates.g3_interface(evidence, config),
+            SeedGate.G4_SYSTEM_IMPACT: lambda: gates.g4_system_impact(evidence, config),
+        }
+        return words[found.gate]() if found.gate is not None else None

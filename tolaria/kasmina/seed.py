@@ -74,6 +74,7 @@ class Seed:
 
     @property
     def parameter_count(self) -> int:
+        """Number of parameters the seed holds now."""
         return sum(p.numel() for p in self.module.parameters()) if self.module is not None else 0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

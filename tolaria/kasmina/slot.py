@@ -23,6 +23,7 @@ class HostOnly(nn.Module):
     """The host's own output, untouched."""
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return ``h`` itself."""
         return h
 
 
@@ -35,12 +36,15 @@ class Active(nn.Module):
         self.residual = blend == "residual"
 
     def forward(self, h: Tensor) -> Tensor:
-        f = self.seed(h).to(h.dtype)
+        """``h``: (batch, ...); the same shape comes back."""
+        f: Tensor = self.seed(h).to(h.dtype)
         return h + f if self.residual else f
 
 
 class Blend(nn.Module):
     """The seed mixed in with weight alpha; what the seed reads is detached, so only ``h`` itself trains the host."""
+
+    alpha: Tensor
 
     def __init__(self, seed: nn.Module, alpha: Tensor, blend: str) -> None:
         super().__init__()
@@ -49,7 +53,8 @@ class Blend(nn.Module):
         self.residual = blend == "residual"
 
     def forward(self, h: Tensor) -> Tensor:
-        f = self.seed(h.detach()).to(h.dtype)
+        """``h``: (batch, ...); the same shape comes back."""
+        f: Tensor = self.seed(h.detach()).to(h.dtype)
         return h + self.alpha * f if self.residual else (1 - self.alpha) * h + self.alpha * f
 
 
@@ -78,6 +83,7 @@ class StraightThrough(nn.Module):
         self.ratio = ratio
 
     def forward(self, h: Tensor) -> Tensor:
+        """``h`` unchanged; the seed is in the backward only."""
         f = self.seed(h.detach())
         h_norm = h.detach().flatten(1).norm(dim=1)
         f_norm = f.flatten(1).norm(dim=1)
@@ -100,7 +106,8 @@ class Gauge(nn.Module):
         self.mismatch = ""
 
     def forward(self, h: Tensor) -> Tensor:
-        f = self.seed(h)
+        """``h`` with the seed in full, measured."""
+        f: Tensor = self.seed(h)
         if f.shape != h.shape:
             self.mismatch = f"{tuple(f.shape)} instead of {tuple(h.shape)}"
         squares = [h.double().square().sum(), f.double().square().sum(), (~f.isfinite()).sum().double()]
@@ -116,6 +123,7 @@ class _ShapeProbe(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def forward(self, h: Any) -> Any:
+        """Note shape and type."""
         if isinstance(h, Tensor):
             self.shape, self.dtype = tuple(h.shape[1:]), h.dtype
         return h
@@ -135,6 +143,7 @@ class Slot(nn.Module):
         self.form: nn.Module = HostOnly()
 
     def forward(self, h: Tensor) -> Tensor:
+        """``h``: (batch, ...), through the present form."""
         return self.form(h)  # type: ignore[no-any-return]
 
 
@@ -145,6 +154,7 @@ class SlotHook:
         self.slot = slot
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """torch's forward hook: what it returns replaces the module's output."""
         return self.slot(output)
 
 

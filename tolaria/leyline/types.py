@@ -10,6 +10,8 @@ from enum import IntEnum
 
 
 class SeedStage(IntEnum):
+    """Where a seed is in its life."""
+
     DORMANT = 1
     GERMINATED = 2
     TRAINING = 3
@@ -24,6 +26,8 @@ class SeedStage(IntEnum):
 
 
 class SeedGate(IntEnum):
+    """What a seed must pass before its next stage."""
+
     G0_SANITY = 1
     G1_GRADIENT_HEALTH = 2
     G2_STABILITY = 3
@@ -33,6 +37,8 @@ class SeedGate(IntEnum):
 
 
 class HealthStatus(IntEnum):
+    """Health of a part or of the whole."""
+
     HEALTHY = 1
     DEGRADED = 2
     UNHEALTHY = 3
@@ -40,12 +46,16 @@ class HealthStatus(IntEnum):
 
 
 class CircuitState(IntEnum):
+    """State of a circuit breaker."""
+
     CLOSED = 1
     OPEN = 2
     HALF_OPEN = 3
 
 
 class CommandType(IntEnum):
+    """What a command is about; decides its payload."""
+
     SEED = 1
     ROLLBACK = 2
     OPTIMIZER = 3
@@ -56,6 +66,8 @@ class CommandType(IntEnum):
 
 
 class SeedOp(IntEnum):
+    """What is to be done with a seed."""
+
     GERMINATE = 1
     START_TRAINING = 2
     START_GRAFTING = 3
@@ -68,6 +80,8 @@ class SeedOp(IntEnum):
 
 
 class TelemetryLevel(IntEnum):
+    """Weight of a telemetry message."""
+
     INFO = 1
     WARNING = 2
     ERROR = 3
@@ -75,6 +89,8 @@ class TelemetryLevel(IntEnum):
 
 
 class MessagePriority(IntEnum):
+    """Order in which messages are handled."""
+
     LOW = 1
     NORMAL = 2
     HIGH = 3
@@ -82,6 +98,8 @@ class MessagePriority(IntEnum):
 
 
 class EmergencyLevel(IntEnum):
+    """How grave an emergency is; levels only rise until cleared."""
+
     NOTICE = 1
     ELEVATED = 2
     CONSERVATIVE = 3
@@ -89,6 +107,8 @@ class EmergencyLevel(IntEnum):
 
 
 class FieldOutcome(IntEnum):
+    """What a command did to the run."""
+
     SUCCESS = 1
     NEUTRAL = 2
     REGRESSION = 3
@@ -143,6 +163,8 @@ class SystemState:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedCommand:
+    """An operation on the seed that the command targets; GERMINATE names the blueprint."""
+
     operation: SeedOp
     blueprint_id: str = ""
     parameters: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,73 @@
+"""From a task to the `TrainState` of a new run: slots found and probed, optimizer, LR, sampler."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+import torch
+
+from tolaria.config import Config, OptimConfig
+from tolaria.data import EpochSampler, Loader, dataset_size
+from tolaria.dist import World
+from tolaria.errors import TaskError
+from tolaria.kasmina.host import Kasmina
+from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
+from tolaria.objective import Objective
+from tolaria.optim.lr import LRController
+from tolaria.optim.rebuild import build_optimizer
+from tolaria.replica import evaluating
+from tolaria.state import HOST_GROUP, TrainState
+from tolaria.task import Task
+
+
+def build_state(config: Config, task: Task, world: World, loader: Loader) -> tuple[TrainState, OptimConfig]:
+    """The state of a run that has not begun, and the optimizer settings in force. Local; raises TaskError."""
+    model = task.model.to(world.device)
+    slots = _slots(model, {**task.slots, **config.kasmina.slots})
+    host_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    host_buffers = dict(model.named_buffers()) | {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    if not host_parameters:
+        raise TaskError("the task's model has no parameter that requires a gradient")
+    objective = Objective(task, slots)
+    batch = next(iter(loader.batches(task.train, [([0, 0], [0.5, 0.5])])))
+    with evaluating(objective):
+        shapes = probe_shapes(slots, lambda: objective.model(batch.inputs))
+    kasmina = Kasmina(slots, shapes, config.kasmina, config.run.seed, world.device)
+    optim = _optimizer_settings(config.optim, task)
+    sampler = EpochSampler(
+        dataset_size(task.train, "training"), seed=config.run.seed, rank=world.global_rank,
+        world_size=world.world_size, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
+    )  # fmt: skip
+    total = config.train.epochs * sampler.steps_per_epoch
+    lr = LRController(config.lr, optim.lr, min(total, config.train.max_steps) if config.train.max_steps else total)
+    lr.add_group(HOST_GROUP, "host", 0)
+    state = TrainState(
+        objective=objective,
+        host_parameters=host_parameters,
+        host_buffers=host_buffers,
+        kasmina=kasmina,
+        optimizer=build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device),
+        lr=lr,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision.amp == "fp16"),
+        sampler=sampler,
+    )
+    return state, optim
+
+
+def _slots(model: torch.nn.Module, paths: Mapping[str, str]) -> dict[str, Slot]:
+    slots = find_slots(model)
+    for name, path in paths.items():
+        if name in slots:
+            raise TaskError(f"two slots are named {name!r}: the model has one already, and {path!r} asks for another")
+        slots[name], _ = attach(model, name, path)
+    return slots
+
+
+def _optimizer_settings(config: OptimConfig, task: Task) -> OptimConfig:
+    known = {f.name for f in fields(OptimConfig)}
+    unknown = sorted(set(task.optimizer) - known)
+    if unknown:
+        raise TaskError(f"the task's optimizer has unknown keys {unknown}; known: {', '.join(sorted(known))}")
+    try:
+        return replace(config, **task.optimizer)
+    except ValueError as error:
+        raise TaskError(f"the task's optimizer: {error}") from error
