@@ -1,0 +1,37 @@
+"""Jobs for test_dist.py; each runs on every rank."""
+
+import hashlib
+
+import torch
+
+from tolaria.dist import init_world
+from tolaria.errors import ReplicaMismatch
+
+
+def collectives() -> dict[str, object]:
+    """Use every collective once and return what this rank saw."""
+    world = init_world(device="cpu", timeout_s=20, control_timeout_s=20)
+    peers = world.peers
+    payload = b"decision" * 100 if world.is_coordinator else None
+    mine = hashlib.sha256(str(world.global_rank).encode()).digest()
+    try:
+        peers.require_equal(mine, "test state")
+        mismatch = ""
+    except ReplicaMismatch as error:
+        mismatch = str(error)
+    flags = torch.tensor([world.global_rank, 7], dtype=torch.int64)
+    peers.finish(peers.start_max(flags))
+    found = {
+        "rank": world.global_rank,
+        "generation": world.generation,
+        "sum": peers.sum(torch.tensor([1.0 + world.global_rank], dtype=torch.float64)).tolist(),
+        "max": flags.tolist(),
+        "agree_all": peers.agree(True),
+        "agree_some": peers.agree(world.global_rank == 0),
+        "gathered": peers.gather([world.global_rank, -1]),
+        "digests": [d.hex() for d in peers.gather_digests(mine)],
+        "frame": hashlib.sha256(peers.broadcast_frame(payload)).hexdigest(),
+        "mismatch": mismatch,
+    }
+    world.close()
+    return found

@@ -1,0 +1,25 @@
+"""The collectives of tolaria/dist.py on real ranks."""
+
+import hashlib
+
+from tests.ranks import RankPool
+
+
+def test_every_rank_sees_the_same(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run("tests.dist.jobs_basic:collectives")
+    assert (first.pop("rank"), second.pop("rank")) == (0, 1)
+    assert first == second
+    assert first["sum"] == [3.0]
+    assert first["max"] == [1, 7]
+    assert first["agree_all"] is True
+    assert first["agree_some"] is False
+    assert first["gathered"] == [[0, -1], [1, -1]]
+    assert first["digests"] == [hashlib.sha256(str(r).encode()).hexdigest() for r in range(2)]
+    assert first["frame"] == hashlib.sha256(b"decision" * 100).hexdigest()
+    assert "rank 0" in first["mismatch"]
+    assert "rank 1" in first["mismatch"]
+
+
+def test_each_start_has_its_own_generation(two_ranks: RankPool) -> None:
+    generations = [two_ranks.run("tests.dist.jobs_basic:collectives")[0]["generation"] for _ in range(2)]
+    assert len(set(generations)) == 2
