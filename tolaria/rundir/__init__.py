@@ -28,7 +28,17 @@ from tolaria.rundir.choice import (
     find_restart,
     has_checkpoints,
 )
-from tolaria.rundir.ownership import LOCK_NAME, DirectoryOps, Fence, Lock, lock, read_fence, unusable, write_fence
+from tolaria.rundir.ownership import (
+    FENCE_NAME,
+    LOCK_NAME,
+    DirectoryOps,
+    Fence,
+    Lock,
+    lock,
+    read_fence,
+    unusable,
+    write_fence,
+)
 
 __all__ = [
     "RunDir", "open_run", "Resume", "Choice", "choose", "default_path", "find_newest", "find_restart",
@@ -112,7 +122,7 @@ def _open_locally(
     path = choice.path
     try:
         names = fs.list_dir(path) if os.path.lexists(path) else []
-        if names and LOCK_NAME not in names:
+        if names and not {LOCK_NAME, FENCE_NAME} & set(names) and not has_checkpoints(path, fs):
             raise RunDirError(f"{path}: holds other files and was never a run directory; choose another run.dir")
         fs.mkdir(path)
     except OSError as error:
