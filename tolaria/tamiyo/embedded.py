@@ -124,10 +124,8 @@ class EmbeddedPolicy:
 
     def _start(self) -> subprocess.Popen[bytes]:
         ready, tell = os.pipe()
-        command = [
-            sys.executable, "-m", "tolaria.tamiyo.server", "--policy", self._spec, "--bind", self.endpoint,
-            "--key-file", str(self.key_file), "--parent-pid", str(os.getpid()), "--ready-fd", str(tell),
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "tolaria.tamiyo.child", str(os.getpid()), "--policy", self._spec]
+        command += ["--bind", self.endpoint, "--key-file", str(self.key_file), "--ready-fd", str(tell)]
         for name, value in self._args.items():
             command += ["--arg", f"{name}={json.dumps(value)}"]
         # What the trainer can import the policy's process can import, also from beside a user's script.

@@ -16,7 +16,7 @@ from typing import Any
 
 from tolaria.errors import ConfigError
 from tolaria.leyline.framing import load_key_file
-from tolaria.process import StopFlag, set_parent_death_signal
+from tolaria.process import StopFlag
 from tolaria.tamiyo.curve import load_server_curve
 from tolaria.tamiyo.desk import Desk
 from tolaria.tamiyo.endpoint import parse_endpoint
@@ -43,8 +43,6 @@ def serve(router: RouterTransport, desk: Desk, stop: Callable[[], bool]) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit code."""
     options = _parser().parse_args(argv)
-    if options.parent_pid is not None:
-        set_parent_death_signal(options.parent_pid)
     # The socket file, and whatever else is made, is for this user only.
     os.umask(0o077)
     logging.basicConfig(

@@ -23,6 +23,7 @@ from tolaria.tamiyo.endpoint import MAX_IPC_PATH_BYTES
 log = logging.getLogger("tolaria.tamiyo")
 
 PREFIX = "tolaria-tamiyo-"
+DEAD_PREFIX = f"{PREFIX}dead-"
 LOCK_NAME = "owner.lock"
 UNLOCKED_GRACE_S = 60.0
 _SHORT_BASE = Path("/tmp")  # noqa: S108  (mkdtemp makes a private directory in it)
@@ -74,7 +75,10 @@ def remove_stale(base: Path) -> list[Path]:
     for path in _candidates(base):
         try:
             if _owner_is_dead(path):
-                shutil.rmtree(path)
+                # Renamed first: its server may have some milliseconds to live and be just making its socket.
+                condemned = path.with_name(f"{DEAD_PREFIX}{path.name.removeprefix(DEAD_PREFIX)}")
+                path.rename(condemned)
+                shutil.rmtree(condemned)
                 removed.append(path)
         except OSError as error:
             # Another start may be removing it too. It does not stand in our way either way.
@@ -99,6 +103,8 @@ def _owner_is_dead(path: Path) -> bool:
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         return False
+    if path.name.startswith(DEAD_PREFIX):
+        return True
     try:
         descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -123,5 +129,5 @@ def _create_locked(directory: Path) -> int:
 
 
 def _short_enough(base: Path) -> Path:
-    longest = base.absolute() / f"{PREFIX}{'9' * 10}-{'x' * 8}" / "policy.sock"
+    longest = base.absolute() / f"{PREFIX}{'9' * 7}-{'x' * 8}" / "policy.sock"
     return base.absolute() if len(os.fsencode(longest)) <= MAX_IPC_PATH_BYTES else _SHORT_BASE
