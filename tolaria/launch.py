@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        sys.stderr.write(f"tolaria: rank {rank}: another rank is gone ({str(error).splitlines()[0]})\n")
+        sys.stderr.write(f"tolaria: rank {rank}: lost another rank; that rank's own output says why\n")
         _leave(PeerLost.exit_code)
     return 0
 

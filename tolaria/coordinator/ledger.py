@@ -145,7 +145,7 @@ class Ledger:
         """Records, open observations and unsent reports, as JSON."""
         return {
             "records": [asdict(r) for r in self.records.values()],
-            "pending": [asdict(r) for r in self._pending.values()],
+            "pending": [{**asdict(r), "outcome": int(r.outcome)} for r in self._pending.values()],
             "watched": [{**asdict(w), "loss": w.loss.hex(), "accuracy": w.accuracy.hex()} for w in self._watched],
         }
 
