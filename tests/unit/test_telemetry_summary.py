@@ -128,7 +128,7 @@ def test_seed_and_command_lines() -> None:
     assert report.seed_line(blending)[1] == "conv_residual, blending, 2,404 parameters, alpha 0.25"
     command = replace(SUMMARY.commands[0], outcome="success", effect="val loss 0.41 -> 0.33")
     assert list(report.command_lines(command)) == [
-        ("step 420", "germinate early (success)"), ("", "why: plateau"), ("", "effect: val loss 0.41 -> 0.33"),
+        ("step 420", "germinate early (success)"), ("  why", "plateau"), ("  effect", "val loss 0.41 -> 0.33"),
     ]  # fmt: skip
 
 

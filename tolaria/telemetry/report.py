@@ -58,9 +58,9 @@ def command_lines(command: CommandRecord) -> Iterator[tuple[str, str]]:
     outcome = f" ({command.outcome})" if command.outcome else ""
     yield f"step {command.step}", command.what + outcome
     if command.reason:
-        yield "", f"why: {command.reason}"
+        yield "  why", command.reason
     if command.effect:
-        yield "", f"effect: {command.effect}"
+        yield "  effect", command.effect
 
 
 def digest_line(digests: Mapping[int, str]) -> str:
