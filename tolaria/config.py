@@ -239,7 +239,7 @@ class DistConfig:
 
     def __post_init__(self) -> None:
         for key in ("timeout_s", "control_timeout_s"):
-            require(getattr(self, key) >= 1, f"dist.{key}", getattr(self, key), "1 or more")
+            require(1 <= getattr(self, key) <= 86400, f"dist.{key}", getattr(self, key), "1 to 86400")
         require(self.threads >= 0, "dist.threads", self.threads, "0 or more")
         require(self.growth_bucket_mb >= 1, "dist.growth_bucket_mb", self.growth_bucket_mb, "1 or more")
 
@@ -282,6 +282,11 @@ class Config:
         require(
             self.tamiyo.resend_ms < self.tamiyo.deadline_ms, "tamiyo.resend_ms", self.tamiyo.resend_ms,
             f"less than tamiyo.deadline_ms={self.tamiyo.deadline_ms}",
+        )  # fmt: skip
+
+        require(
+            not (self.train.debug and self.compile.enabled), "compile.enabled", self.compile.enabled,
+            "False with train.debug, which runs eager",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -181,16 +181,20 @@ class Trainer:
         self.parts.writer.save(self._payload())
 
     def _save_last(self) -> None:
-        writer, config = self.parts.writer, self.parts.config
-        writer.wait(config.dist.timeout_s)
-        if self._collect_saves() is None and self.parts.record.checkpoint_step == self.state.step:
+        if self._finish_save() is None and self.parts.record.checkpoint_step == self.state.step:
             return
         self.parts.evaluator.replica.synchronise_buffers()
-        writer.save(self._payload())
-        writer.wait(config.dist.timeout_s)
-        failed = self._collect_saves()
+        self.parts.writer.save(self._payload())
+        failed = self._finish_save()
         if failed is not None:
             raise CheckpointError(f"the last checkpoint was not written: {failed}")
+
+    def _finish_save(self) -> str | None:
+        """Wait for the save in flight; its error, None when it was committed or there was none."""
+        limit_s = self.parts.config.dist.timeout_s
+        if not self.parts.writer.wait(limit_s):
+            raise CheckpointError(f"a checkpoint was still being written after {limit_s:g} s (dist.timeout_s)")
+        return self._collect_saves()
 
     def _collect_saves(self) -> str | None:
         """Record finished saves; the newest one's error, None when it was committed or there is none."""

@@ -11,7 +11,7 @@ from tolaria.errors import CommandRefused
 from tolaria.kasmina.blueprints import get_blueprint
 from tolaria.kasmina.lifecycle import HOLDS_SEED
 from tolaria.kasmina.seed import Seed
-from tolaria.kasmina.slot import Active, Blend, StraightThrough
+from tolaria.kasmina.slot import Active, Blend, Frozen, StraightThrough
 from tolaria.leyline.types import SeedStage
 
 GRAFT_PARAMETERS = ("blend_steps",)
@@ -51,7 +51,7 @@ def form_for(seed: Seed, config: KasminaConfig) -> nn.Module | None:
     if seed.stage == SeedStage.BLENDING:
         return Blend(seed.module, seed.alpha, config.blend)
     if seed.stage in (SeedStage.PROBATIONARY, SeedStage.FOSSILIZED):
-        return Active(seed.module, config.blend)
+        return (Active if learns(seed, config) else Frozen)(seed.module, config.blend)
     return None
 
 

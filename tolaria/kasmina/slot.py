@@ -4,7 +4,7 @@
     h --+-------------> StraightThrough  h, gradient also to f  TRAINING, cheap signal
         |  +- f(h') --/
     h --+-------------> Blend            h + alpha * f(h')      BLENDING, h' detached
-    h --+-------------> Active           h + f(h)               PROBATIONARY, FOSSILIZED
+    h --+-------------> Active, Frozen   h + f(h)               PROBATIONARY, FOSSILIZED
 
 A stage change swaps the module object in `Slot.form`, so that each structure is compiled once and coming back to
 one costs nothing; alpha is a 0-D buffer, so that its change never retraces.
@@ -39,6 +39,14 @@ class Active(nn.Module):
         """``h``: (batch, ...); the same shape comes back."""
         f: Tensor = self.seed(h).to(h.dtype)
         return h + f if self.residual else f
+
+
+class Frozen(Active):
+    """`Active` with a seed that does not learn now.
+
+    A class of its own, since torch 2.11's guards do not see that requires_grad changed on parameters they know, and
+    would go on running a graph without the seed's gradients.
+    """
 
 
 class Blend(nn.Module):
