@@ -109,6 +109,20 @@ def test_what_is_grown_for_good_is_shown_when_nothing_else_moves() -> None:
     assert shown(lambda p: p.boundary(replace(ROW, seeds=[grown, moving])))[1].endswith("c3    early training")
 
 
+def test_several_grown_for_good_are_counted() -> None:
+    grown = [SeedCell(slot=name, stage="FOSSILIZED", alpha=1.0) for name in ("early", "late")]
+    lines = shown(lambda p: p.boundary(replace(ROW, seeds=grown)))
+    assert len(lines) == 2
+    assert lines[1].endswith("c3    2 fossilized")
+
+
+def test_long_names_of_metrics_keep_the_summary_aligned() -> None:
+    final = Score(step=1, epoch=1, loss=1.0, accuracy=0.5, metrics={"bits_per_byte": 1.5})
+    lines = shown(lambda p: p.summary(replace(SUMMARY, final=final)))
+    starts = {line.index(text) for line in lines for text in ("88.3%", "1.5", "2,762") if text in line}
+    assert starts == {17}
+
+
 def test_several_seeds_wrap_under_their_column() -> None:
     seeds = [SeedCell(slot=f"slot{n}", stage="PROBATIONARY") for n in range(3)]
     lines = shown(lambda p: p.boundary(replace(ROW, seeds=seeds)))

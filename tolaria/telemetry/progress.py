@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, TextIO, TypeAlias
 
@@ -21,14 +21,16 @@ from tolaria.telemetry.words import number, percent, printable, short_duration
 
 Mode: TypeAlias = Literal["auto", "plain", "off"]
 Level: TypeAlias = Literal["info", "warning", "error", "critical"]
+Line: TypeAlias = tuple[str, str]  # label, text
 
 HEADER = f"{'epoch':>5} {'step':>6}  {'train':>6}  {'val':>6}  {'acc':>6}  {'lr':>7}  {'time':>6}  {'ckpt':<4}  seeds"
 SEEDS_COLUMN = HEADER.index("seeds")
 HEADER_EVERY_ROWS = 40
-LABEL_WIDTH = 10
+LABEL_WIDTH, MAX_LABEL_WIDTH = 10, 24
 MIN_WIDTH, MAX_WIDTH = 60, 120
 TRANSIENT_INTERVAL_S = 0.1
 
+NO_STYLES: Mapping[str, str] = {}
 LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 STAGE_STYLES = {"FOSSILIZED": "green", "CULLED": "red", "EMBARGOED": "dim", "RESETTING": "dim", "TERMINATED": "dim"}
 
@@ -38,7 +40,7 @@ class StartInfo:
     """The head: a title and (label, text) lines in the order shown, for example ("model", "1,234 parameters")."""
 
     title: str
-    lines: Sequence[tuple[str, str]] = ()
+    lines: Sequence[Line] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +127,7 @@ class Progress:
 
     def start(self, info: StartInfo) -> None:
         """The head: what is about to run, and where."""
-        self._print(Text(self._clean(info.title), style="bold"))
-        for label, text in info.lines:
-            self._labelled(label, text)
+        self._block(info.title, info.lines)
         self._print(Text())
 
     def status(self, text: str) -> None:
@@ -169,19 +169,23 @@ class Progress:
 
     def summary(self, summary: RunSummary) -> None:
         """The end of the run: results, seeds, commands with reason and effect, and how to go on."""
-        self._print(Text())
-        self._print(Text(self._clean(report.headline(summary)), style="bold"))
-        for label, text in report.result_lines(summary):
-            self._labelled(label, text, style="green" if label == "accuracy" and summary.before_growth else "")
+        results = list(report.result_lines(summary))
         if summary.mode != "normal":
-            self._labelled("mode", summary.mode, style="yellow")
+            results.append(("mode", summary.mode))
         if summary.state_digest:
-            self._labelled("state", report.digest_line(summary.state_digest))
-        self._group("Seeds", map(report.seed_line, summary.seeds))
-        self._group("Commands", (line for command in summary.commands for line in report.command_lines(command)))
-        # Paths and commands stay on one line whatever their length: they are there to be copied.
+            results.append(("state", report.digest_line(summary.state_digest)))
+        styles = {"mode": "yellow", "accuracy": "green" if summary.before_growth else ""}
+        commands = [line for command in summary.commands for line in report.command_lines(command)]
         places = [("run", summary.run_dir), ("checkpoint", summary.checkpoint), ("resume", summary.resume)]
-        self._group("Files", (place for place in places if place[1]), wrap=False)
+        self._print(Text())
+        self._block(report.headline(summary), results, styles=styles)
+        for title, lines in (("Seeds", [report.seed_line(seed) for seed in summary.seeds]), ("Commands", commands)):
+            if lines:
+                self._print(Text())
+                self._block(title, lines)
+        self._print(Text())
+        # Paths and commands stay on one line whatever their length: they are there to be copied.
+        self._block("Files", [place for place in places if place[1]], wrap=False)
 
     def close(self) -> None:
         """Take away the overwritten line, if there is one; idempotent."""
@@ -212,22 +216,28 @@ class Progress:
         # What is going on; when nothing is, what has been grown for good. Sleeping slots are not worth a word.
         cells = [] if row.mode == "normal" else [(self._clean(row.mode), "yellow")]
         active = [seed for seed in row.seeds if seed.stage not in ("DORMANT", "FOSSILIZED")]
-        for seed in active or [seed for seed in row.seeds if seed.stage == "FOSSILIZED"]:
+        settled = [seed for seed in row.seeds if seed.stage == "FOSSILIZED"]
+        if not active and len(settled) > 1:
+            return [*cells, (f"{len(settled)} fossilized", STAGE_STYLES["FOSSILIZED"])]
+        for seed in active or settled:
             text = f"{seed.slot} {seed.stage.lower()}"
             if seed.stage == "BLENDING":
                 text += f" {seed.alpha:.2f}"
             cells.append((self._clean(text), STAGE_STYLES.get(seed.stage, "cyan")))
         return cells
 
-    def _group(self, title: str, lines: Iterable[tuple[str, str]], *, wrap: bool = True) -> None:
-        for index, (label, text) in enumerate(lines):
-            if index == 0:
-                self._print(Text())
-                self._print(Text(title, style="bold"))
-            self._labelled(label, text, wrap=wrap)
+    def _block(
+        self, title: str, lines: Sequence[Line], *, styles: Mapping[str, str] = NO_STYLES, wrap: bool = True
+    ) -> None:
+        self._print(Text(self._clean(title), style="bold"))
+        width = max([LABEL_WIDTH, *(min(len(label), MAX_LABEL_WIDTH) for label, _ in lines)])
+        for label, text in lines:
+            self._labelled(label, text, width=width, style=styles.get(label, ""), wrap=wrap)
 
-    def _labelled(self, label: str, text: str, *, indent: int = 2, style: str = "", wrap: bool = True) -> None:
-        margin = " " * indent + f"{self._clean(label):<{LABEL_WIDTH}}  "
+    def _labelled(
+        self, label: str, text: str, *, indent: int = 2, width: int = LABEL_WIDTH, style: str = "", wrap: bool = True
+    ) -> None:
+        margin = " " * indent + f"{self._clean(label):<{width}}  "
         body = self._clean(text)
         room = max(20, self._width - len(margin))
         pieces = textwrap.wrap(body, room, break_on_hyphens=False) if wrap else [body]
