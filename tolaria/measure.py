@@ -21,6 +21,10 @@ from tolaria.objective import weighted_sums
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task
+from tolaria.telemetry.meters import Meters
+
+TRAIN_METERS = ("loss",)
+"""What the loop meters between boundaries: the loss of each step taken, this rank's part."""
 
 PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 
@@ -52,13 +56,13 @@ class Evaluator:
         self.size = dataset_size(task.validation, "validation")
         self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
 
-    def measure(self, train_loss: Tensor, train_steps: int) -> Report:
+    def measure(self, train: Meters) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train_loss``: this rank's sum over ``train_steps`` steps, 0-D. Reads the device; blocks for the validation.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary. Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
-        local = {"train/loss": train_loss.detach().double().cpu(), "train/steps": torch.tensor(float(train_steps))}
+        local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         local.update({f"val/{name}": value for name, value in self._pass().items()})
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:

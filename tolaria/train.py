@@ -26,7 +26,7 @@ from tolaria.data import Loader
 from tolaria.dist import World
 from tolaria.errors import CheckpointError
 from tolaria.fence import Fence
-from tolaria.measure import Evaluator
+from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.process import StopFlag
 from tolaria.record import RunRecord
@@ -35,6 +35,7 @@ from tolaria.state import HOST_GROUP, TrainState, rng_tensors
 from tolaria.step import StepResult, TrainStep
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.meters import Meters, Rate
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress, StepInfo
 
@@ -69,8 +70,8 @@ class Trainer:
         self.parts = parts
         self.state = parts.state
         self.fence = Fence(parts.world.peers)
-        self._loss = torch.zeros((), dtype=torch.float64, device=parts.world.device)
-        self._loss_steps = 0
+        self.meters = Meters(TRAIN_METERS, parts.world.device)
+        self._samples = Rate()
         self._last_boundary_step = parts.state.step
 
     def run(self) -> str:
@@ -126,9 +127,9 @@ class Trainer:
     def _count(self, result: StepResult) -> None:
         parts, state = self.parts, self.state
         parts.events.step = state.step
+        self._samples.add(state.sampler.group_size)
         if result.taken:
-            self._loss += result.loss
-            self._loss_steps += 1
+            self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
             # Reading the loss waits for the device; once per interval that is what the line is for.
             alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
@@ -157,10 +158,9 @@ class Trainer:
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         start = time.perf_counter()
-        report = parts.evaluator.measure(self._loss, self._loss_steps)
+        report = parts.evaluator.measure(self.meters)
         measure_ms = (time.perf_counter() - start) * 1e3
-        self._loss.zero_()
-        self._loss_steps = 0
+        self.meters.reset()
         applied = parts.coordinator.exchange(report)
         self._collect_saves()
         parts.record.boundary(report, applied, measure_ms)
@@ -215,8 +215,7 @@ class Trainer:
 
     def _local_meta(self) -> dict[str, Any]:
         return {
-            "loss": float(self._loss).hex(),
-            "loss_steps": self._loss_steps,
+            "meters": self.meters.state_dict(),
             "last_boundary_step": self._last_boundary_step,
             "coordinator": self.parts.coordinator.state_dict(),
             "record": self.parts.record.state_dict(),
@@ -224,8 +223,7 @@ class Trainer:
 
     def load_local_meta(self, saved: dict[str, Any]) -> None:
         """Take over what this rank saved as its own: the running epoch's loss, rank 0's memory."""
-        self._loss.fill_(float.fromhex(saved["loss"]))
-        self._loss_steps = int(saved["loss_steps"])
+        self.meters.load_state_dict(saved["meters"])
         self._last_boundary_step = int(saved["last_boundary_step"])
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])
