@@ -18,6 +18,7 @@ from tolaria.coordinator.ledger import Ledger
 from tolaria.dist import World
 from tolaria.errors import PolicyUnavailable
 from tolaria.leyline.codec import decode_decision, encode_decision
+from tolaria.leyline.limits import clip_measurement
 from tolaria.leyline.types import Decision, HardwareContext, PolicyRequest, SystemState
 from tolaria.measure import Report
 from tolaria.objective import Batch
@@ -26,8 +27,6 @@ from tolaria.state import HOST_GROUP, TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.telemetry.events import EventLog, Level
-
-MAX_MEASUREMENT = 1e30
 
 
 class Coordinator:
@@ -151,15 +150,15 @@ class Coordinator:
             packet_id=f"{self._run_id}:{state.boundary}",
             current_epoch=state.sampler.epoch,
             global_step=state.step,
-            validation_accuracy=_sendable(report.val_accuracy),
-            validation_loss=_sendable(report.val_loss),
-            training_loss=_sendable(report.train_loss),
+            validation_accuracy=clip_measurement(report.val_accuracy),
+            validation_loss=clip_measurement(report.val_loss),
+            training_loss=clip_measurement(report.train_loss),
             timestamp_ns=self._wall_ns(),
             training_run_id=self._run_id,
             experiment_name=self._experiment,
             hardware=self._hardware(),
             seeds=state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)),
-            training_metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,8 +172,3 @@ class Coordinator:
         if self.world.is_coordinator and state:
             self.breaker.load_state_dict(state["breaker"])
             self.ledger.load_state_dict(state["ledger"])
-
-
-def _sendable(value: float) -> float:
-    # A diverged loss must reach the policy as a large number: NaN is not a valid measurement on the wire.
-    return max(-MAX_MEASUREMENT, min(MAX_MEASUREMENT, value)) if not math.isnan(value) else MAX_MEASUREMENT

@@ -5,13 +5,14 @@ the observation window is over, by its effect on the validation loss. Reports ar
 answered, so the policy gets each at least once, with one report_id.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tolaria.coordinator.apply import Outcome
-from tolaria.leyline.limits import clip_text
+from tolaria.leyline.limits import clip_measurement, clip_text, is_name
 from tolaria.leyline.types import (
     BreakerCommand,
     Command,
@@ -89,7 +90,7 @@ class Ledger:
         seed_id = command.target_seed_id if command else ""
         fate = FieldOutcome.NEUTRAL if outcome.applied else FieldOutcome.ABORTED
         notes = "applied" if outcome.applied else f"{outcome.code}: {outcome.reason}"
-        self._report(f"{record.command_id}:0", record.command_id, fate, seed_id, blueprint, {}, 0, notes)
+        self._report(0, record.command_id, fate, seed_id, blueprint, {}, 0, notes)
         if outcome.applied:
             due = boundary + self._window
             self._watched.append(_Watched(record, seed_id, blueprint, due, loss, accuracy))
@@ -110,14 +111,13 @@ class Ledger:
         record = replace(watched.record, outcome=outcome.name.lower(), effect=effect)
         self.records[record.command_id] = record
         pairs = {"loss_before": watched.loss, "loss_after": loss, "accuracy_after": accuracy}
-        metrics = {name: value for name, value in pairs.items() if math.isfinite(value)}
-        name = f"{record.command_id}:1"
-        self._report(name, record.command_id, outcome, watched.seed_id, watched.blueprint_id, metrics, window, effect)
+        metrics = {name: clip_measurement(value) for name, value in pairs.items() if math.isfinite(value)}
+        self._report(1, record.command_id, outcome, watched.seed_id, watched.blueprint_id, metrics, window, effect)
         return record
 
     def _report(
         self,
-        report_id: str,
+        number: int,
         command_id: str,
         outcome: FieldOutcome,
         seed_id: str,
@@ -126,6 +126,7 @@ class Ledger:
         window: int,
         notes: str,
     ) -> None:
+        report_id = _report_id(command_id, number)
         self._pending[report_id] = FieldReport(
             report_id=report_id,
             command_id=command_id,
@@ -161,6 +162,12 @@ class Ledger:
             )
             for w in state["watched"]
         ]  # fmt: skip
+
+
+def _report_id(command_id: str, number: int) -> str:
+    # A command's id may be as long as an id can be, so that nothing can be added to it.
+    plain = f"{command_id}:{number}"
+    return plain if is_name(plain) else f"{hashlib.sha256(command_id.encode()).hexdigest()}:{number}"
 
 
 def _verdict(before: float, after: float) -> FieldOutcome:

@@ -35,8 +35,9 @@ MAX_STRING_CHARS = 128
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_TIME_NS = 2**63 - 1
-# Measurements may be far off when training goes wrong; a command that asks for such values is a mistake.
-MAX_MEASUREMENT = 1e30
+# Measurements may be far off when training goes wrong; a command that asks for such values is a mistake. Both bounds
+# are 32-bit floats, as the wire's numbers are: a value at the bound must not come out beyond it on the other side.
+MAX_MEASUREMENT = 1.0000000150474662e30
 MAX_COMMAND_VALUE = 1e9
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
@@ -52,6 +53,11 @@ def clip_text(text: str) -> str:
     """``text`` made fit for a text field: unprintable characters become spaces, longer text ends in '...'."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     return printable if len(printable) <= MAX_STRING_CHARS else printable[: MAX_STRING_CHARS - 3] + "..."
+
+
+def clip_measurement(value: float) -> float:
+    """``value`` made fit to be sent as a measurement; NaN, which the wire does not carry, becomes the largest one."""
+    return MAX_MEASUREMENT if math.isnan(value) else max(-MAX_MEASUREMENT, min(MAX_MEASUREMENT, value))
 
 
 def check_name(where: str, value: str, *, optional: bool = False) -> None:
