@@ -131,17 +131,18 @@ class Trainer:
         if result.taken:
             self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
-            # Reading the loss waits for the device; once per interval that is what the line is for.
+            # Reading the loss waits for the device; once per interval that is what the line is for. It is this
+            # rank's part of the step: the mean over ranks is in the boundary's event.
             alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
             rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss=float(result.loss), lr=rate, **alphas)
+            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=float(result.loss), lr=rate, **alphas)
         if parts.progress.step_due():
             sampler = state.sampler
             parts.progress.step(
                 StepInfo(
                     epoch=sampler.epoch + 1, epochs=parts.config.train.epochs,
                     epoch_step=sampler.cursor // sampler.group_size, epoch_steps=sampler.steps_per_epoch,
-                    loss=float(result.loss), lr=state.lr.lr_at(HOST_GROUP, state.step),
+                    loss=float(result.loss), lr=state.lr.lr_at(HOST_GROUP, state.step), rate=self._samples.read(),
                 )
             )  # fmt: skip
 
