@@ -31,7 +31,7 @@ from tolaria.dist import Peers, World
 from tolaria.kasmina.slot import Slot
 from tolaria.leyline.codec import encode_command
 from tolaria.leyline.types import Command, Decision, SeedStage
-from tolaria.measure import Evaluator
+from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.optim.persist import state_tensors
 from tolaria.replica import Replica
@@ -42,6 +42,7 @@ from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.meters import Meters
 
 FEATURES, WIDTH, CLASSES = 5, 8, 3
 TRAIN_SAMPLES, VALIDATION_SAMPLES = 45, 11
@@ -169,7 +170,7 @@ class Rig:
         """Count a boundary, validate, and carry out the commands."""
         self.state.boundary += 1
         self.moved += self.state.kasmina.tick(self.state.left_overs)
-        self.evaluator.measure(torch.zeros((), dtype=torch.float64), 0)
+        self.evaluator.measure(Meters(TRAIN_METERS))
         return self.apply(*commands)
 
     def apply(self, *commands: Command) -> Applied:
