@@ -94,9 +94,9 @@ def apply_decision(
     if plan.seed_moves or plan.optimizer:
         failure = _carry_out(plan, state, replica, peers, result, sample)
         if failure is not None:
-            mode = state.mode
             _go_back(memento, state, replica)
-            state.mode = mode
+            # What the answer itself says about the policy's health stands; the commands that came with it do not.
+            state.mode = next_mode(state.mode, decision, [], healthy_boundaries)
             _refuse(result, plan, *failure)
             return result
     result.structure_changed = bool(plan.seed_moves)
@@ -120,7 +120,7 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
                 moves.append(state.kasmina.plan(command, already_planned=planned))
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
-                _check_optimizer(command.payload, state)
+                touched.update(_check_optimizer(command.payload, state, touched))
                 optimizer.append(command.payload)
             elif isinstance(command.payload, BreakerCommand):
                 breakers.append(command.payload)
@@ -141,12 +141,18 @@ def _check_command(command: Command, state: TrainState, touched: set[str]) -> No
         )
 
 
-def _check_optimizer(payload: OptimizerCommand, state: TrainState) -> None:
+def _check_optimizer(payload: OptimizerCommand, state: TrainState, touched: set[str]) -> set[str]:
     unknown = sorted(set(payload.hyperparameters) - {LR_SCALE})
     if unknown or not payload.hyperparameters:
         raise CommandRefused("unknown_parameter", f"an optimizer command takes {LR_SCALE!r}, not {unknown}")
     factor = payload.hyperparameters[LR_SCALE]
-    state.lr.plan_scale(payload.optimizer_id or "*", factor, conservative=state.mode.conservative)
+    planned = state.lr.plan_scale(payload.optimizer_id or "*", factor, conservative=state.mode.conservative)
+    groups = {f"LR of {change.group}" for change in planned}
+    if groups & touched:
+        # Each alone may be within the bounds and both together not; then no command of the decision would apply.
+        again = ", ".join(sorted(groups & touched))
+        raise CommandRefused("one_per_boundary", f"{again} was commanded at this boundary already")
+    return groups
 
 
 def _carry_out(
@@ -161,7 +167,7 @@ def _carry_out(
     error = ""
     with result.timed("apply"):
         try:
-            _change(plan, state, replica)
+            _change(plan, state, replica, conservative=result.mode_before.conservative)
         except PeerLost:
             raise
         except (TolariaError, RuntimeError, ValueError, MemoryError) as cause:
@@ -183,7 +189,7 @@ def _carry_out(
     return None
 
 
-def _change(plan: _Plan, state: TrainState, replica: Replica) -> None:
+def _change(plan: _Plan, state: TrainState, replica: Replica, *, conservative: bool) -> None:
     for move in plan.seed_moves:
         state.kasmina.apply(move)
     state.regroup()
@@ -195,7 +201,7 @@ def _change(plan: _Plan, state: TrainState, replica: Replica) -> None:
             state.lr.follow_host(group)
     for payload in plan.optimizer:
         pattern = payload.optimizer_id or "*"
-        state.lr.scale(pattern, payload.hyperparameters[LR_SCALE], conservative=state.mode.conservative)
+        state.lr.scale(pattern, payload.hyperparameters[LR_SCALE], conservative=conservative)
     replica.rebuild()
 
 

@@ -1,0 +1,371 @@
+"""A decision takes effect as a whole or not at all: what each command is refused for, and the way back."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from tests.rig import Rig, tiny_config
+from tolaria.coordinator.apply import Applied, Outcome, apply_decision
+from tolaria.dist import Peers
+from tolaria.errors import TaskError
+from tolaria.kasmina import blueprints
+from tolaria.leyline.codec import encode_command
+from tolaria.leyline.generated import leyline_pb2 as pb
+from tolaria.leyline.types import Command, CommandType, Decision, OptimizerCommand, SeedOp, SeedStage
+from tolaria.objective import Batch
+from tolaria.state import Mode
+from tolaria.tamiyo import policy as do
+from tolaria.tamiyo.policy import with_identity
+
+CONSERVATIVE = Mode(conservative=True, reason="policy: timeout")
+HEALTHY_BOUNDARIES = 3
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig.build(tmp_path) as built:
+        yield built
+
+
+def signed(*commands: Command) -> list[bytes]:
+    return [
+        encode_command(with_identity(command, f"c{number}", issued_by="test", issued_at_ns=1))
+        for number, command in enumerate(commands)
+    ]
+
+
+def carry_out(
+    rig: Rig, raw: Sequence[bytes], *, source: str = "policy", peers: Peers | None = None, broken: bool = False
+) -> Applied:
+    """Apply a decision with these exact bytes; ``broken``: no batch can be had for the new structure's trial."""
+
+    def sample() -> Batch:
+        if broken:
+            raise TaskError("no batch to be had")
+        return rig.batches()[0]
+
+    decision = Decision(
+        boundary=rig.state.boundary, step_effective=rig.state.step, source=source, reason="answered",
+        conservative=rig.state.mode.conservative, commands=tuple(raw),
+    )  # fmt: skip
+    return apply_decision(
+        decision, rig.state, rig.replica, peers or rig.world.peers,
+        healthy_boundaries=HEALTHY_BOUNDARIES, sample=sample,
+    )  # fmt: skip
+
+
+def only(applied: Applied) -> Outcome:
+    (outcome,) = applied.outcomes
+    return outcome
+
+
+def codes(applied: Applied) -> dict[str, str]:
+    return {outcome.command_id: outcome.code for outcome in applied.outcomes}
+
+
+def nothing_changed(rig: Rig, before: bytes) -> bool:
+    """Whether state and structure are those of ``before``, and training goes on."""
+    same = rig.state.digest() == before
+    rig.train(1)
+    return same
+
+
+def bare(kind: CommandType) -> Command:
+    return Command(command_id="", command_type=kind)
+
+
+def optimizer(group: str = "host", **values: float) -> Command:
+    payload = OptimizerCommand(optimizer_id=group, hyperparameters=values)
+    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload)
+
+
+REFUSED: list[tuple[Command, str]] = [
+    (do.rollback(), "unsupported"),
+    (do.rollback(step=1), "unsupported"),
+    (do.pause(), "unsupported"),
+    (bare(CommandType.EMERGENCY), "unsupported"),
+    (bare(CommandType.STRUCTURAL_PRUNING), "unsupported"),
+    (do.germinate("nowhere", "low_rank"), "unknown_seed"),
+    (do.germinate("early", "skyscraper"), "unknown_blueprint"),
+    (do.germinate("early", "conv_residual"), "shape"),
+    *[
+        (do.seed_command(op, "early", blueprint="low_rank"), "illegal_transition")
+        for op in SeedOp
+        if op != SeedOp.GERMINATE
+    ],
+    (do.scale_lr("seed/early", 0.5), "unknown_group"),
+    (do.scale_lr("host", 1000.0), "lr_out_of_bounds"),
+    (do.scale_lr("host", 0.0001), "lr_out_of_bounds"),
+    (do.scale_lr("host", 0.0), "invalid_factor"),
+    (do.scale_lr("host", -1.0), "invalid_factor"),
+    (optimizer(lr=0.1), "unknown_parameter"),
+    (optimizer(lr_scale=0.5, momentum=0.1), "unknown_parameter"),
+]
+
+
+@pytest.mark.parametrize(("command", "code"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_command_that_is_not_legal_is_refused_with_its_code_and_changes_nothing(
+    rig: Rig, command: Command, code: str
+) -> None:
+    rig.train(1)
+    before = rig.state.digest()
+    outcome = only(carry_out(rig, signed(command)))
+    assert (outcome.command_id, outcome.applied, outcome.code) == ("c0", False, code)
+    assert outcome.command is not None
+    assert outcome.reason
+    assert nothing_changed(rig, before)
+
+
+def damaged(**fields: int) -> bytes:
+    wire = pb.AdaptationCommand.FromString(signed(do.germinate("early", "low_rank"))[0])
+    for name, value in fields.items():
+        setattr(wire, name, value)
+    return wire.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (damaged(command_type=99), "enum"),
+        (damaged(command_type=0), "enum"),
+        (damaged(version=2), "version"),
+        (damaged(command_type=int(CommandType.OPTIMIZER)), "payload"),
+        (b"\xff\xff\xff", "parse"),
+        (b"", "version"),
+    ],
+)
+def test_an_unreadable_command_is_named_by_its_place_and_does_not_lose_the_others(
+    rig: Rig, raw: bytes, code: str
+) -> None:
+    rig.state.boundary = 7
+    applied = carry_out(rig, [raw, *signed(do.germinate("early", "low_rank"))])
+    unreadable, good = applied.outcomes
+    assert (unreadable.command_id, unreadable.command, unreadable.applied) == ("boundary-7-0", None, False)
+    assert unreadable.code == code
+    assert good.applied
+    assert rig.state.kasmina.seeds["early"].stage == SeedStage.GERMINATED
+
+
+def test_one_operation_on_a_slot_at_one_boundary(rig: Rig) -> None:
+    rig.train(2)
+    raw = signed(
+        do.germinate("early", "low_rank"),
+        do.start_training("early"),
+        do.cull("early"),
+        do.germinate("late", "low_rank"),
+    )
+    applied = carry_out(rig, raw)
+    assert codes(applied) == {"c0": "applied", "c1": "one_per_boundary", "c2": "one_per_boundary", "c3": "applied"}
+    assert {s.stage for s in rig.state.kasmina.seeds.values()} == {SeedStage.GERMINATED}
+
+
+def test_a_refused_operation_leaves_its_slot_to_the_next(rig: Rig) -> None:
+    applied = carry_out(rig, signed(do.cull("early"), do.germinate("early", "low_rank")))
+    assert codes(applied) == {"c0": "illegal_transition", "c1": "applied"}
+
+
+def test_the_parameters_of_one_boundary_count_together(tmp_path: Path) -> None:
+    # A low_rank seed of 8 features has 56 parameters: one fits, two do not.
+    with Rig.build(tmp_path, config=tiny_config(max_grown_parameters=60)) as rig:
+        applied = carry_out(rig, signed(do.germinate("early", "low_rank"), do.germinate("late", "low_rank")))
+        assert codes(applied) == {"c0": "applied", "c1": "g0_sanity"}
+        assert rig.state.kasmina.grown_parameters == 56
+
+
+def test_a_gate_that_does_not_pass_refuses_with_its_name_and_numbers(rig: Rig) -> None:
+    rig.boundary(do.germinate("early", "low_rank"))
+    outcome = only(rig.boundary(do.start_training("early")))
+    assert (outcome.applied, outcome.code) == (False, "g1_gradient_health")
+    assert "0 of 2 gradients of the host seen" in outcome.reason
+
+
+@pytest.mark.parametrize("parameters", [{"blend_steps": 0.0}, {"blend_steps": 2.5}, {"blend_steps": 1e8}])
+def test_the_length_of_a_graft_is_bounded(rig: Rig, parameters: dict[str, float]) -> None:
+    rig.grow("early", SeedStage.TRAINING)
+    command = do.seed_command(SeedOp.START_GRAFTING, "early", parameters=parameters)
+    assert only(rig.boundary(command)).code == "bad_parameter"
+    unknown = do.seed_command(SeedOp.START_GRAFTING, "early", parameters={"speed": 1.0})
+    assert only(rig.boundary(unknown)).code == "unknown_parameter"
+
+
+# Learning rate
+
+
+def host_scale(rig: Rig) -> float:
+    return rig.state.lr.lr_at("host", rig.state.step) / rig.config.optim.lr
+
+
+def test_a_scale_is_bounded_over_all_commands_of_a_run(rig: Rig) -> None:
+    for factor, code in [(5.0, "applied"), (2.0, "applied"), (1.1, "lr_out_of_bounds"), (0.1, "applied")]:
+        assert only(rig.boundary(do.scale_lr("host", factor))).code == code
+    assert host_scale(rig) == pytest.approx(1.0)
+    for factor, code in [(0.1, "applied"), (0.1, "applied"), (0.5, "lr_out_of_bounds")]:
+        assert only(rig.boundary(do.scale_lr("*", factor))).code == code
+    assert host_scale(rig) == pytest.approx(0.01)
+
+
+def test_one_scale_of_a_group_at_one_boundary(rig: Rig) -> None:
+    raw = signed(do.germinate("early", "low_rank"), do.scale_lr("host", 5.0), do.scale_lr("host", 5.0))
+    applied = carry_out(rig, raw)
+    assert codes(applied) == {"c0": "applied", "c1": "applied", "c2": "one_per_boundary"}
+    assert host_scale(rig) == pytest.approx(5.0)
+
+
+# Conservative mode
+
+
+def test_conservative_mode_refuses_growth_and_faster_learning_but_not_slower(rig: Rig) -> None:
+    rig.grow("late", SeedStage.TRAINING)
+    rig.state.mode = CONSERVATIVE
+    commands = [do.germinate("early", "low_rank"), do.start_grafting("late"), do.cull("late"),
+                do.scale_lr("host", 2.0), do.scale_lr("host", 0.5)]  # fmt: skip
+    applied = carry_out(rig, signed(*commands))
+    assert codes(applied) == {
+        "c0": "conservative", "c1": "conservative", "c2": "conservative",
+        "c3": "lr_increase_conservative", "c4": "applied",
+    }  # fmt: skip
+    assert "policy: timeout" in applied.outcomes[0].reason
+    assert {n: s.stage.name for n, s in rig.state.kasmina.seeds.items()} == {"early": "DORMANT", "late": "TRAINING"}
+    assert host_scale(rig) == pytest.approx(0.5)
+
+
+def test_conservative_mode_holds_alpha_while_training_goes_on(rig: Rig) -> None:
+    rig.grow("early", SeedStage.TRAINING)
+    assert only(rig.boundary(do.start_grafting("early"))).applied
+    seed = rig.state.kasmina.seeds["early"]
+    rig.train(1)
+    held = float(seed.alpha)
+    assert 0 < held < 1
+    carry_out(rig, [], source="fallback")
+    before = rig.state.tensors()["model/head.weight"].clone()
+    rig.train(2)
+    assert float(seed.alpha) == held
+    assert not rig.state.tensors()["model/head.weight"].equal(before)
+    carry_out(rig, signed(do.conservative(False)))
+    rig.train(2)
+    assert float(seed.alpha) == 1.0
+
+
+def test_a_failed_answer_enters_conservative_mode_and_healthy_boundaries_leave_it(rig: Rig) -> None:
+    applied = carry_out(rig, [], source="fallback")
+    assert (applied.mode_before.name, rig.state.mode.name) == ("normal", "conservative")
+    modes = []
+    for _ in range(HEALTHY_BOUNDARIES):
+        carry_out(rig, [])
+        modes.append(rig.state.mode.name)
+    assert modes == ["conservative"] * (HEALTHY_BOUNDARIES - 1) + ["normal"]
+
+
+def test_a_breaker_command_opens_and_closes_conservative_mode(rig: Rig) -> None:
+    outcome = only(carry_out(rig, signed(do.conservative(True, reason="a look at the data first"))))
+    assert (outcome.applied, outcome.code) == (True, "applied")
+    assert rig.state.mode == Mode(conservative=True, reason="command: a look at the data first", held=True)
+    for _ in range(HEALTHY_BOUNDARIES + 1):
+        assert only(carry_out(rig, signed(do.germinate("early", "low_rank")))).code == "conservative"
+    assert only(carry_out(rig, signed(do.conservative(False)))).applied
+    assert rig.state.mode == Mode()
+    assert only(carry_out(rig, signed(do.germinate("early", "low_rank")))).applied
+
+
+def test_a_reply_is_judged_by_the_mode_in_which_it_was_given(rig: Rig) -> None:
+    applied = carry_out(rig, signed(do.conservative(True), do.scale_lr("host", 2.0), do.germinate("early", "low_rank")))
+    assert codes(applied) == {"c0": "applied", "c1": "applied", "c2": "applied"}
+    assert rig.state.mode.conservative
+    applied = carry_out(rig, signed(do.conservative(False), do.scale_lr("host", 2.0), do.cull("early")))
+    assert codes(applied) == {"c0": "applied", "c1": "lr_increase_conservative", "c2": "conservative"}
+    assert not rig.state.mode.conservative
+
+
+# All ranks or none
+
+
+class Dissenting(Peers):
+    """A world of one in which the n-th question to the others is answered "no", from 1 on."""
+
+    def __init__(self, *, digest: int = 0, vote: int = 0) -> None:
+        super().__init__(None, 0, 1)
+        self.digest, self.vote = digest, vote
+        self.digests = self.votes = 0
+
+    def gather_digests(self, digest: bytes) -> list[bytes]:
+        self.digests += 1
+        return [digest, b"\0" * 32] if self.digests == self.digest else [digest]
+
+    def agree(self, ok: bool) -> bool:
+        self.votes += 1
+        return ok and self.votes != self.vote
+
+
+@pytest.mark.parametrize(
+    ("peers", "code"),
+    [
+        (Dissenting(digest=1), "vote"),
+        (Dissenting(vote=1), "apply_failed"),
+        (Dissenting(digest=2), "digest_mismatch"),
+        (Dissenting(vote=2), "warm_up"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_when_one_rank_cannot_follow_every_rank_is_back_where_it_was(rig: Rig, peers: Dissenting, code: str) -> None:
+    rig.grow("late", SeedStage.TRAINING)
+    rig.boundary()
+    optimizer_before, before = rig.state.optimizer, rig.state.digest()
+    commands = [do.germinate("early", "low_rank"), do.start_grafting("late"), do.scale_lr("host", 0.5),
+                do.conservative(True), do.pause()]  # fmt: skip
+    applied = carry_out(rig, signed(*commands), peers=peers)
+    assert codes(applied) == {"c0": code, "c1": code, "c2": code, "c3": code, "c4": "unsupported"}
+    assert not applied.structure_changed
+    assert rig.state.optimizer is optimizer_before
+    assert rig.state.mode == Mode()
+    assert nothing_changed(rig, before)
+
+
+def test_a_structure_that_does_not_run_is_taken_back(rig: Rig) -> None:
+    before = rig.state.digest()
+    applied = carry_out(rig, signed(do.germinate("early", "low_rank")), broken=True)
+    assert only(applied).code == "warm_up"
+    assert "no batch to be had" in only(applied).reason
+    assert nothing_changed(rig, before)
+
+
+def test_the_count_of_healthy_boundaries_goes_on_when_a_change_was_taken_back(rig: Rig) -> None:
+    rig.state.mode = CONSERVATIVE
+    carry_out(rig, signed(do.scale_lr("host", 0.5)), peers=Dissenting(vote=1))
+    assert rig.state.mode == Mode(conservative=True, reason="policy: timeout", healthy=1)
+
+
+class Moody(nn.Module):
+    """A blueprint that is fine when it is looked at and fails when it is trained."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(shape[-1], shape[-1])
+
+    def forward(self, h: object) -> object:
+        if self.layer.weight.requires_grad and getattr(h, "shape", (0,))[0] != 2:
+            raise RuntimeError("not with this batch")
+        return self.layer(h)
+
+
+def test_a_blueprint_that_fails_in_training_is_refused_and_the_run_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        blueprints._BLUEPRINTS, "moody", blueprints.Blueprint("moody", frozenset({1}), Moody, "for this test")
+    )
+    rig.train(2)
+    assert only(rig.boundary(do.germinate("early", "moody"))).applied
+    rig.train(2)
+    before = rig.state.digest()
+    outcome = only(carry_out(rig, signed(do.start_training("early"))))
+    assert (outcome.applied, outcome.code) == (False, "warm_up")
+    assert "not with this batch" in outcome.reason
+    assert nothing_changed(rig, before)
+
+
+def test_sixty_four_commands_are_each_answered(rig: Rig) -> None:
+    applied = carry_out(rig, signed(*[do.pause()] * 64))
+    assert len(applied.outcomes) == 64
+    assert {outcome.code for outcome in applied.outcomes} == {"unsupported"}
