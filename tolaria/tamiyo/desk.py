@@ -94,7 +94,8 @@ class Desk:
         header = frame.header
         state = request.state
         metrics = {**state.training_metrics, BOUNDARY: float(header.boundary)}
-        prefix = f"{header.run_id.hex()[:12]}-{header.boundary}"
+        # No run id in it: seeds get their weights from the command's id, and two runs of one seed are to be equal.
+        prefix = f"b{header.boundary}"
         try:
             policy = _recall(self._policies, header.run_id, self._make_policy, MAX_RUNS)
             commands = policy.decide(replace(state, training_metrics=metrics), request.field_reports)
