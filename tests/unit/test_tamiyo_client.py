@@ -158,14 +158,19 @@ def test_without_a_peer_the_wait_ends_at_the_deadline(tmp_path: Path, make_clien
     assert refusal(client, boundary=2) == "timeout"
 
 
-def test_a_peer_that_comes_up_within_the_wait_is_heard(
+def test_a_peer_that_comes_up_within_the_wait_is_asked_once(
     tmp_path: Path, start_peer: StartPeer, make_client: MakeClient
 ) -> None:
-    client = make_client(f"ipc://{tmp_path}/0")
-    late = threading.Timer(0.3, lambda: start_peer(lambda peer, sender, frame: peer.send(sender, answer(frame))))
+    client, peers = make_client(f"ipc://{tmp_path}/0"), []
+    # Later than the resend: nothing is queued for a peer that is not there.
+    late = threading.Timer(
+        0.5, lambda: peers.append(start_peer(lambda peer, sender, frame: peer.send(sender, answer(frame))))
+    )
     late.start()
     assert good(client) == "good"
     late.join()
+    assert good(client, 2) == "good"
+    assert len(peers[0].requests) == 2
 
 
 def test_a_lost_question_is_answered_when_it_comes_again(start_peer: StartPeer, make_client: MakeClient) -> None:
@@ -188,6 +193,24 @@ def test_a_late_reply_never_answers_the_next_question(start_peer: StartPeer, mak
     assert refusal(client) == "timeout"
     assert good(client, boundary=2) == "fresh"
     assert client.rejected == {"boundary": 1}
+
+
+def test_after_a_failure_nothing_comes_through_the_old_connection(
+    start_peer: StartPeer, make_client: MakeClient
+) -> None:
+    senders = []
+
+    def to_the_old_connection_first(peer: Peer, sender: bytes, frame: bytes) -> None:
+        senders.append(sender)
+        if len(senders) > 2:
+            peer.send(senders[0], answer(peer.requests[0]))
+            peer.send(sender, answer(frame))
+
+    client = make_client(start_peer(to_the_old_connection_first).url)
+    assert refusal(client) == "timeout"
+    assert good(client, boundary=2) == "good"
+    assert senders[0] == senders[1] != senders[2]
+    assert not client.rejected
 
 
 def test_a_duplicate_reply_never_answers_the_next_question(start_peer: StartPeer, make_client: MakeClient) -> None:
@@ -332,22 +355,23 @@ def test_messages_of_several_parts_are_dropped_whole(start_peer: StartPeer, make
 def test_a_message_that_never_ends_costs_the_deadline_and_not_the_next_question(
     start_peer: StartPeer, make_client: MakeClient
 ) -> None:
-    sent = []
+    senders = []
 
     def unfinished(peer: Peer, sender: bytes, frame: bytes) -> None:
-        if frame in peer.requests[:-1]:
-            return
-        if len(peer.requests) > 1:
+        senders.append(sender)
+        if len(senders) == 1:
+            peer.socket.send(sender, zmq.SNDMORE)
+            for _ in range(200):
+                peer.socket.send(bytes(50_000), zmq.SNDMORE)
+        elif sender != senders[0]:
+            peer.socket.send(b"the end")
             peer.send(sender, answer(frame))
-            return
-        peer.socket.send(sender, zmq.SNDMORE)
-        for _ in range(200):
-            peer.socket.send(bytes(50_000), zmq.SNDMORE)
-            sent.append(1)
 
     client = make_client(start_peer(unfinished).url)
     assert refusal(client) == "timeout"
-    assert len(sent) == 200
+    assert good(client, boundary=2) == "good"
+    assert len(senders) == 3
+    assert not client.rejected
 
 
 def test_a_signed_but_malformed_reply_ends_the_wait_at_once(start_peer: StartPeer, make_client: MakeClient) -> None:

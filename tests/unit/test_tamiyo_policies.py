@@ -88,11 +88,15 @@ def test_a_fresh_policy_decides_as_the_old_one_when_it_is_given_the_losses() -> 
     assert HeuristicPolicy(patience=2).decide(state(4, losses[-1], (FREE,)), ()) == []
 
 
-def test_losses_that_a_rollback_undid_are_forgotten() -> None:
+def test_a_low_loss_of_long_ago_does_not_make_a_plateau_of_a_falling_loss() -> None:
+    assert course(HeuristicPolicy(patience=2), [0.1, 5.0, 4.0, 3.0, 2.0, 1.5])[-1] == []
+
+
+def test_after_a_rollback_the_losses_of_the_new_course_count() -> None:
     policy = HeuristicPolicy(patience=2)
     course(policy, [1.0, 0.9, 0.5, 0.4])
-    assert policy.decide(state(3, 0.8, (FREE,)), ()) == []
-    assert policy.decide(state(4, 0.7, (FREE,)), ()) == []
+    again = [policy.decide(state(b, loss, (FREE,)), ()) for b, loss in ((3, 0.9), (4, 0.9))]
+    assert [operations(commands) for commands in again] == [[], [(SeedOp.GERMINATE, "mid")]]
 
 
 @pytest.mark.parametrize(

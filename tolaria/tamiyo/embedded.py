@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tolaria.errors import ConfigError, PolicyUnavailable
+from tolaria.errors import ConfigError, PolicyUnavailable, RunDirError
 from tolaria.tamiyo.socketdir import SocketDir
 
 log = logging.getLogger("tolaria.tamiyo")
@@ -50,9 +50,9 @@ class EmbeddedPolicy:
         self._ready = -1
         try:
             self._child = self._start()
-        except OSError:
+        except OSError as error:
             self._directory.close()
-            raise
+            raise RunDirError(f"cannot start the policy server with its log in {self._log_path} ({error})") from error
 
     @property
     def endpoint(self) -> str:

@@ -95,7 +95,7 @@ def _candidates(base: Path) -> Iterator[Path]:
         log.warning("%s cannot be searched for left-over socket directories (%s)", base, error)
         return
     for entry in entries:
-        if entry.name.startswith(PREFIX) and not entry.name.startswith(own) and entry.is_dir(follow_symlinks=False):
+        if entry.name.startswith(PREFIX) and not entry.name.startswith(own):
             yield Path(entry.path)
 
 
