@@ -40,8 +40,8 @@ from tolaria.state import TrainState, seed_rank
 from tolaria.step import TrainStep
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
-from tolaria.task import Task
-from tolaria.telemetry.events import EventLog
+from tolaria.task import Task, load_task
+from tolaria.telemetry.events import EventLog, read_events
 from tolaria.telemetry.meters import Meters
 
 FEATURES, WIDTH, CLASSES = 5, 8, 3
@@ -137,13 +137,10 @@ class Rig:
     commands: int = 0
 
     @classmethod
-    def build(
-        cls, folder: Path, *, world: World | None = None, config: Config | None = None, task: Task | None = None
-    ) -> Self:
-        """A run at its start. Weights, data order and random streams depend on ``config.run.seed`` alone."""
+    def build(cls, folder: Path, *, world: World | None = None, config: Config | None = None, **task_args: Any) -> Self:
+        """A run of `make_task(**task_args)` at its start; it depends on ``config.run.seed`` alone."""
         world, config = world or alone(), config or tiny_config()
-        torch.manual_seed(config.run.seed)
-        task = task if task is not None else make_task()
+        task = load_task(make_task, task_args, config.run.seed)
         loader = Loader(task, config.data, world.device)
         state, _ = build_state(config, task, world, loader)
         events = EventLog(folder / "events.jsonl", world.global_rank, run_id="rig")
@@ -199,6 +196,10 @@ class Rig:
             self.train(4)
             if stage == to:
                 return
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind so far, of all ranks that share the folder."""
+        return list(read_events(self.events_path, kind))
 
     def close(self) -> None:
         """Close what holds files and hooks."""
