@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tolaria.config import Config
-from tolaria.coordinator.coordinator import Coordinator
+from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world
 from tolaria.errors import ConfigError, RunDirError
@@ -24,8 +24,8 @@ from tolaria.recovery.checkpoint import CheckpointWriter, Loaded, load_newest, l
 from tolaria.recovery.fsops import FileOps
 from tolaria.replica import Replica
 from tolaria.rundir import RunDir, open_run
-from tolaria.setup import build_state
-from tolaria.state import TrainState, load_rng_tensors, seed_rank
+from tolaria.setup import boundaries_left, build_state
+from tolaria.state import TrainState, load_rng_tensors, rng_tensors, seed_rank
 from tolaria.step import TrainStep
 from tolaria.tamiyo.client import open_client
 from tolaria.tamiyo.embedded import EmbeddedPolicy
@@ -110,7 +110,11 @@ def _assemble(
     def sample() -> Batch:
         size = dataset_size(task.train, "training")
         indices = [i % size for i in range(config.train.batch_size)]
-        return next(iter(loader.batches(task.train, [(indices, [1.0 / len(indices)] * len(indices))])))
+        # Data may be read with random changes; a trial batch must not move the streams that training draws from.
+        streams = rng_tensors(world.device)
+        batch = next(iter(loader.batches(task.train, [(indices, [1.0 / len(indices)] * len(indices))])))
+        load_rng_tensors(streams, world.device)
+        return batch
 
     coordinator = _coordinator(config, state, replica, world, run, events, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
@@ -183,10 +187,15 @@ def _coordinator(
             where = {"endpoint": embedded.endpoint, "key_file": embedded.key_file}
         client = open_client(config.tamiyo, run_id=run.run_id, generation=world.generation, **where)
         cleanup.callback(client.close)
+    facts = RunFacts(
+        run_id=run.run_id,
+        experiment=config.run.name,
+        hardware=lambda: hardware_context(world.device),
+        boundaries_left=lambda: boundaries_left(config.train, state),
+    )
     return Coordinator(
-        state, replica, world, config.tamiyo, events, run_id=run.run_id, experiment=config.run.name, client=client,
-        revive=revive, hardware=lambda: hardware_context(world.device), sample=sample,
-    )  # fmt: skip
+        state, replica, world, config.tamiyo, events, facts=facts, client=client, revive=revive, sample=sample
+    )
 
 
 def _writer(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> CheckpointWriter:

@@ -31,6 +31,7 @@ _SYNC_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers"
 )
+_FINE, _NOT_COMPILED, _BROKEN = range(3)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -141,25 +142,43 @@ class Replica:
         key = (self.state.kasmina.structure(), tuple(self._trained()), len(self.shadows))
         if key in self._warm:
             return
-        failure = ""
-        if self.compiled:
-            try:
-                self._trial(batch)
-            except RuntimeError as error:  # every dynamo, inductor and toolchain error is one
-                failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error) else ''}"
-            if not self.world.peers.agree(not failure):
-                self._fall_to_eager(failure)
-        if not self.compiled:
-            try:
-                self._trial(batch)
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-                raise TaskError(f"the model failed on a batch: {type(error).__name__}: {error}") from error
+        verdict, reason = self._try_in_turns(batch)
+        if verdict == _NOT_COMPILED:
+            self.compiled = False
+            torch.compiler.set_stance("force_eager")
+            self.events.emit("compile_fallback", "warning", reason=reason or "another rank could not compile")
+            verdict, reason = self._try_in_turns(batch)
+        if verdict != _FINE:
+            raise TaskError(reason or "the model failed on another rank")
         self._warm.add(key)
 
-    def _fall_to_eager(self, failure: str) -> None:
-        self.compiled = False
-        torch.compiler.set_stance("force_eager")
-        self.events.emit("compile_fallback", "warning", reason=failure or "another rank could not compile")
+    def _try_in_turns(self, batch: Batch) -> tuple[int, str]:
+        """The worst verdict over all ranks, and this rank's reason for it. Collective.
+
+        The first rank of each node goes first, so that the others find its compiled code in the cache.
+        """
+        for first in (True, False):
+            verdict, reason = _FINE, ""
+            if (self.world.local_rank == 0) == first:
+                verdict, reason = self._attempt(batch)
+            worst = int(self.world.peers.max(torch.tensor([verdict])))
+            if worst != _FINE:
+                return worst, reason
+        return _FINE, ""
+
+    def _attempt(self, batch: Batch) -> tuple[int, str]:
+        try:
+            self._trial(batch)
+        except TaskError as error:
+            return _BROKEN, str(error)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if self.compiled:
+                # Dynamo, inductor and the toolchain fail with these; if it was the model, eager fails next.
+                return _NOT_COMPILED, f"{type(error).__name__}: {str(error).strip()[:300]}"
+            if self.config.train.debug:
+                raise
+            return _BROKEN, f"the model failed on a batch: {type(error).__name__}: {error}"
+        return _FINE, ""
 
     def _trial(self, batch: Batch) -> None:
         buffers = [(b, b.clone()) for b in buffers_of(self.state)]

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from tolaria.config import Config, OptimConfig
+from tolaria.config import Config, OptimConfig, TrainConfig
 from tolaria.data import EpochSampler, Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -37,8 +37,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         dataset_size(task.train, "training"), seed=config.run.seed, rank=world.global_rank,
         world_size=world.world_size, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
     )  # fmt: skip
-    total = config.train.epochs * sampler.steps_per_epoch
-    lr = LRController(config.lr, optim.lr, min(total, config.train.max_steps) if config.train.max_steps else total)
+    lr = LRController(config.lr, optim.lr, planned_steps(config.train, sampler))
     lr.add_group(HOST_GROUP, "host", 0)
     state = TrainState(
         objective=objective,
@@ -51,6 +50,18 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         sampler=sampler,
     )
     return state, optim
+
+
+def planned_steps(config: TrainConfig, sampler: EpochSampler) -> int:
+    """Optimizer steps of the whole run."""
+    total = config.epochs * sampler.steps_per_epoch
+    return min(total, config.max_steps) if config.max_steps else total
+
+
+def boundaries_left(config: TrainConfig, state: TrainState) -> int:
+    """Boundaries from here to the planned end of the run."""
+    every = config.boundary_steps or state.sampler.steps_per_epoch
+    return max(0, -(-(planned_steps(config, state.sampler) - state.step) // every))
 
 
 def _slots(model: torch.nn.Module, paths: Mapping[str, str]) -> dict[str, Slot]:

@@ -8,7 +8,9 @@ rank 0   field reports for the next packet
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tolaria.config import TamiyoConfig
@@ -28,6 +30,19 @@ from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.telemetry.events import EventLog, Level
 
+LOSS_HISTORY = 16
+"""Validation losses of so many boundaries travel with every packet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a packet tells beside the state: names, what rank 0 runs on now, boundaries until the planned end."""
+
+    run_id: str
+    experiment: str
+    hardware: Callable[[], HardwareContext]
+    boundaries_left: Callable[[], int]
+
 
 class Coordinator:
     """Runs the handshake and carries its decision to all ranks. One per rank; the policy is asked by rank 0 only.
@@ -43,11 +58,9 @@ class Coordinator:
         config: TamiyoConfig,
         events: EventLog,
         *,
-        run_id: str,
-        experiment: str,
+        facts: RunFacts,
         client: PolicyClient | None,
         revive: Callable[[], bool] | None,
-        hardware: Callable[[], HardwareContext],
         sample: Callable[[], Batch],
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -56,13 +69,12 @@ class Coordinator:
         self.world = world
         self.config = config
         self.events = events
-        self.ledger = Ledger(run_id, config.observation_boundaries, wall_ns)
+        self.ledger = Ledger(facts.run_id, config.observation_boundaries, wall_ns)
         self.breaker = CircuitBreaker(config)
         self._client = client
         self._revive = revive
-        self._run_id = run_id
-        self._experiment = experiment
-        self._hardware = hardware
+        self._facts = facts
+        self._losses: deque[float] = deque(maxlen=LOSS_HISTORY)
         self._sample = sample
         self._wall_ns = wall_ns
 
@@ -80,6 +92,7 @@ class Coordinator:
                                  effect=record.effect)  # fmt: skip
             request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
             asked = time.perf_counter()
+            self._losses.appendleft(report.val_loss)
             answer = self._ask(request)
             answered = time.perf_counter()
             frame = encode_decision(self._record(answer))
@@ -143,20 +156,23 @@ class Coordinator:
             "conservative": float(state.mode.conservative),
             "parameters": float(state.parameter_count),
             "skipped_steps": float(state.skipped_steps),
+            "boundaries_left": float(self._facts.boundaries_left()),
+            # A policy that was started again has only what the packet tells.
+            **{f"loss_history/{back}": loss for back, loss in enumerate(self._losses, 1)},
             **{f"slot_rank/{name}": float(len(seed.shape)) for name, seed in state.kasmina.seeds.items()},
             **{f"metric/{name}": value for name, value in report.metrics.items()},
         }
         return SystemState(
-            packet_id=f"{self._run_id}:{state.boundary}",
+            packet_id=f"{self._facts.run_id}:{state.boundary}",
             current_epoch=state.sampler.epoch,
             global_step=state.step,
             validation_accuracy=clip_measurement(report.val_accuracy),
             validation_loss=clip_measurement(report.val_loss),
             training_loss=clip_measurement(report.train_loss),
             timestamp_ns=self._wall_ns(),
-            training_run_id=self._run_id,
-            experiment_name=self._experiment,
-            hardware=self._hardware(),
+            training_run_id=self._facts.run_id,
+            experiment_name=self._facts.experiment,
+            hardware=self._facts.hardware(),
             seeds=state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)),
             training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
         )
@@ -165,10 +181,12 @@ class Coordinator:
         """Rank 0's own memory (breaker, ledger); empty on other ranks."""
         if not self.world.is_coordinator:
             return {}
-        return {"breaker": self.breaker.state_dict(), "ledger": self.ledger.state_dict()}
+        losses = [loss.hex() for loss in self._losses]
+        return {"breaker": self.breaker.state_dict(), "ledger": self.ledger.state_dict(), "losses": losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave on rank 0."""
         if self.world.is_coordinator and state:
             self.breaker.load_state_dict(state["breaker"])
             self.ledger.load_state_dict(state["ledger"])
+            self._losses = deque(map(float.fromhex, state["losses"]), maxlen=LOSS_HISTORY)

@@ -105,7 +105,7 @@ class Ledger:
         outcome = _verdict(watched.loss, loss)
         window = boundary - watched.record.boundary
         effect = (
-            f"validation loss {watched.loss:.4g} -> {loss:.4g}, accuracy {watched.accuracy:.3f} -> {accuracy:.3f} "
+            f"loss {watched.loss:.4f} -> {loss:.4f}, accuracy {watched.accuracy:.1%} -> {accuracy:.1%} "
             f"in {window} boundaries"
         )
         record = replace(watched.record, outcome=outcome.name.lower(), effect=effect)
