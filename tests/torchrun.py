@@ -1,0 +1,260 @@
+"""Whole jobs for tests: `torchrun -m tolaria.launch` and its processes, to be aimed at, watched and cleared away.
+
+A job runs in a session of its own and under a mark that all its processes inherit, so that those that lost their
+parents are found too. Whoever waits for a job does so with a deadline; when it passes, every process shows the
+stacks of its threads, and the job is ended.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psutil
+
+from tolaria.telemetry.events import read_events
+from tolaria.telemetry.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 90.0
+POLL_S = 0.01
+STACKS_GRACE_S = 3.0
+GONE_S = 10.0  # until a killed process, or one that dies with its parent, is gone
+
+_MARK = "TOLARIA_TEST_JOB"
+_SOCKET_DIRS = "tolaria-tamiyo-*"
+
+Found = TypeVar("Found")
+
+
+class JobFailed(AssertionError):
+    """What a test waited for did not come. The text has the output of all processes, and their stacks."""
+
+
+class Job:
+    """One start of the launcher. ``ranks`` 0 is `python -m tolaria.launch` without torchrun.
+
+    ``folder`` holds the run directory and the directory for temporary files; starts that share it continue one run.
+    Its path is to be short, for the sake of the sockets in it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        flags: Sequence[str],
+        *,
+        ranks: int = 2,
+        max_restarts: int = 0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.run_dir = folder / "run"
+        self._temporary = folder / "tmp"
+        self._temporary.mkdir(exist_ok=True)
+        self._token = secrets.token_hex(8)
+        self._shared_memory = _shared_memory()
+        self._output = folder / f"output-{self._token}"
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*_command(ranks, max_restarts), *flags, "--run.dir", str(self.run_dir)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **self._environment(), **dict(environment or {})},
+            )
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONFAULTHANDLER": "1",
+            "TMPDIR": str(self._temporary),
+            _MARK: self._token,
+        }
+
+    # What it did
+
+    @property
+    def output(self) -> str:
+        """What all its processes have written to stdout and stderr so far."""
+        return self._output.read_text(errors="replace")
+
+    def events(self, kind: str, rank: int | None = None) -> list[dict[str, Any]]:
+        """The events of one kind so far, of all starts in this folder."""
+        path = self.run_dir / "events.jsonl"
+        found = list(read_events(path, kind)) if path.exists() else []
+        return [event for event in found if rank is None or event["rank"] == rank]
+
+    def last_step(self) -> int:
+        """The newest step in metrics.jsonl."""
+        path = self.run_dir / "metrics.jsonl"
+        steps = [int(line["step"]) for line in read_metrics(path)] if path.exists() else []
+        return steps[-1] if steps else 0
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        document: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return document
+
+    def checkpoints(self) -> list[str]:
+        """Names in the folder of checkpoints."""
+        return sorted(path.name for path in (self.run_dir / "ckpt").iterdir())
+
+    # Its processes
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of the job, also those that lost their parent."""
+        return list(_processes_with(self._token))
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of one rank; waits until there is one."""
+        return self.wait_until(lambda: self._find_rank(rank), f"rank {rank}")
+
+    def policy_server(self) -> psutil.Process:
+        """The embedded policy server; waits until there is one."""
+        return self.wait_until(lambda: self._find("tolaria.tamiyo.child"), "policy server")
+
+    def _find(self, module: str) -> psutil.Process | None:
+        return next((p for p in self.processes() if module in _words(p)), None)
+
+    def _find_rank(self, rank: int) -> psutil.Process | None:
+        for process in self.processes():
+            words = _words(process)
+            if "tolaria.launch" not in words or "torch.distributed.run" in words:
+                continue
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("RANK", "0") == str(rank):
+                    return process
+        return None
+
+    # Waiting
+
+    def wait_until(self, find: Callable[[], Found | None], what: str, deadline_s: float = DEADLINE_S) -> Found:
+        """What ``find`` gives as soon as it is not None. Raises JobFailed at the deadline or when the job ends."""
+        end = time.monotonic() + deadline_s
+        while True:
+            ended = self.process.poll() is not None
+            found = find()
+            if found is not None:
+                return found
+            if ended or time.monotonic() > end:
+                raise self._failure(f"{what}: {'not before the job ended' if ended else f'not in {deadline_s:g} s'}")
+            time.sleep(POLL_S)
+
+    def wait_file(self, path: Path, deadline_s: float = DEADLINE_S) -> None:
+        """Until a file is there."""
+        self.wait_until(lambda: path.exists() or None, path.name, deadline_s)
+
+    def wait_event(self, kind: str, count: int = 1, deadline_s: float = DEADLINE_S) -> list[dict[str, Any]]:
+        """Until there are ``count`` events of a kind; returns them."""
+        return self.wait_until(lambda: found if len(found := self.events(kind)) >= count else None, kind, deadline_s)
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
+        """The exit code, negative for a signal. Raises JobFailed when it has not ended by then."""
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise self._failure(f"the job did not end in {deadline_s:g} s") from None
+
+    def finish(self, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        """Wait for exit code 0 and return the summary. Raises JobFailed for any other code."""
+        code = self.wait(deadline_s)
+        if code != 0:
+            raise self._failure(f"exit code {code}")
+        return self.summary()
+
+    def _failure(self, what: str) -> JobFailed:
+        alive = self.processes()
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGCONT)
+                process.send_signal(signal.SIGABRT)
+        psutil.wait_procs(alive, timeout=STACKS_GRACE_S)
+        return JobFailed(f"{what}\n{self.output[-20_000:]}")
+
+    # Afterwards
+
+    def left_behind(self) -> list[str]:
+        """What the ended job left that it should not have: processes, sockets, shared memory, unfinished files."""
+        end = time.monotonic() + GONE_S
+        while (found := self._left_now()) and time.monotonic() < end:
+            time.sleep(POLL_S)
+        return found
+
+    def _left_now(self) -> list[str]:
+        found = [f"process {process.pid}: {' '.join(_words(process))}" for process in self.processes()]
+        found += [f"socket directory {path}" for path in self._temporary.glob(_SOCKET_DIRS)]
+        found += [f"shared memory {name}" for name in sorted(_shared_memory() - self._shared_memory)]
+        found += [f"unfinished {path}" for path in self.run_dir.rglob("*.tmp")]
+        return found + [f"unfinished {path}" for path in self.run_dir.rglob("*.trash")]
+
+    def close(self) -> None:
+        """Kill what is left of it."""
+        alive = self.processes()
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs([p for p in alive if p.pid != self.process.pid], timeout=GONE_S)
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_gone(process: psutil.Process, deadline_s: float = GONE_S) -> bool:
+    """Whether a process has ended by then; one that only waits to be collected by its parent has."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        if not _is_alive(process):
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _command(ranks: int, max_restarts: int) -> list[str]:
+    launch = ["-m", "tolaria.launch"]
+    if ranks == 0:
+        return [sys.executable, *launch]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *torchrun, f"--max-restarts={max_restarts}", *launch]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _processes_with(token: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == token and _is_alive(process):
+                yield process
+
+
+def _shared_memory() -> set[str]:
+    # Others use it too, so only names that this project or torch would give are looked at.
+    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
+    return {name for name in names if name.startswith(("tolaria", "torch_", "gloo"))}
