@@ -19,12 +19,10 @@ from tolaria.dist import Peers
 from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
 from tolaria.kasmina.host import PlannedMove
 from tolaria.leyline.codec import decode_command, encode_decision
-from tolaria.leyline.types import BreakerCommand, Command, CommandType, Decision, OptimizerCommand, SeedOp
+from tolaria.leyline.types import LR_SCALE, BreakerCommand, Command, CommandType, Decision, OptimizerCommand, SeedOp
 from tolaria.objective import Batch
 from tolaria.replica import Replica
 from tolaria.state import Memento, Mode, TrainState
-
-LR_SCALE = "lr_scale"
 
 
 @dataclass(frozen=True)

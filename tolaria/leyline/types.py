@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+LR_SCALE = "lr_scale"
+"""Hyperparameter of an OptimizerCommand: the factor by which a group's learning rate is multiplied."""
+
 
 class SeedStage(IntEnum):
     """Where a seed is in its life."""

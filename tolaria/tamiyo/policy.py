@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from tolaria.leyline.limits import clip_text
 from tolaria.leyline.types import (
+    LR_SCALE,
     BreakerCommand,
     CircuitState,
     Command,
@@ -30,9 +31,6 @@ from tolaria.leyline.types import (
     SeedOp,
     SystemState,
 )
-
-LR_SCALE = "lr_scale"
-"""Hyperparameter of an OptimizerCommand: the factor by which a group's learning rate is multiplied."""
 
 BOUNDARY = "boundary"
 """Key of `SystemState.training_metrics` under which the server gives a policy the number of the boundary."""

@@ -29,11 +29,11 @@ _BLUEPRINT_OF_RANK = {1: "residual_mlp", 2: "residual_mlp", 3: "conv_residual"}
 _NEXT = {
     SeedStage.GERMINATED: (
         SeedOp.START_TRAINING,
-        "gradients of the host healthy, {waited} boundaries after germination",
+        "gradients of the host healthy, {waited} after germination",
     ),
-    SeedStage.TRAINING: (SeedOp.START_GRAFTING, "trained behind the host for {waited} boundaries, gradient {norm:.3g}"),
-    SeedStage.BLENDING: (SeedOp.STABILIZE, "alpha {alpha:g} after {waited} boundaries, validation loss within bounds"),
-    SeedStage.SHADOWING: (SeedOp.EVALUATE, "output probed for {waited} boundaries: finite and in scale"),
+    SeedStage.TRAINING: (SeedOp.START_GRAFTING, "trained behind the host for {waited}, gradient {norm:.3g}"),
+    SeedStage.BLENDING: (SeedOp.STABILIZE, "alpha {alpha:g} after {waited}, validation loss within bounds"),
+    SeedStage.SHADOWING: (SeedOp.EVALUATE, "output probed for {waited}: finite and in scale"),
 }
 """What follows once a stage's gate would pass, and why."""
 
@@ -116,7 +116,7 @@ class HeuristicPolicy(Policy):
             return None
         return (
             f"validation loss {best:.4g}, {reference:.4g} before: "
-            f"not {self._min_delta:.1%} better in {self._patience} boundaries"
+            f"not {self._min_delta:.1%} better in {_boundaries(self._patience)}"
         )
 
     def _grow(self, state: SystemState) -> Command | None:
@@ -151,7 +151,7 @@ class HeuristicPolicy(Policy):
         trained = seed.stage != SeedStage.TRAINING or waited >= self._train_boundaries
         if trained and seed.metrics.get("gate_ok", 0.0) > 0:
             operation, reason = _NEXT[seed.stage]
-            numbers = {"waited": waited, "alpha": alpha, "norm": seed.gradient_norm}
+            numbers = {"waited": _boundaries(waited), "alpha": alpha, "norm": seed.gradient_norm}
             return do.seed_command(operation, seed.seed_id, reason=reason.format(**numbers))
         return self._cull_if_stalled(seed, waited)
 
@@ -173,5 +173,9 @@ class HeuristicPolicy(Policy):
         allowed = self._stall_boundaries + (self._train_boundaries if seed.stage == SeedStage.TRAINING else 0)
         if waited < allowed:
             return None
-        reason = f"{waited} boundaries in {seed.stage.name} and its gate still refuses"
+        reason = f"{_boundaries(waited)} in {seed.stage.name} and its gate still refuses"
         return do.cull(seed.seed_id, reason=reason)
+
+
+def _boundaries(number: int) -> str:
+    return "1 boundary" if number == 1 else f"{number} boundaries"
