@@ -5,6 +5,7 @@ rig.train(3)                            optimizer steps, as the loop takes them
 rig.command(do.germinate("early", "low_rank"))
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +57,7 @@ class TinyHost(nn.Module):
         self.inlet = nn.Linear(FEATURES, WIDTH)
         self.early = Slot("early")
         self.middle = nn.Linear(WIDTH, WIDTH)
-        self.norm = nn.BatchNorm1d(WIDTH) if batch_norm else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm1d(WIDTH) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, CLASSES)
 
@@ -137,10 +138,18 @@ class Rig:
     commands: int = 0
 
     @classmethod
-    def build(cls, folder: Path, *, world: World | None = None, config: Config | None = None, **task_args: Any) -> Self:
-        """A run of `make_task(**task_args)` at its start; it depends on ``config.run.seed`` alone."""
+    def build(
+        cls,
+        folder: Path,
+        *,
+        world: World | None = None,
+        config: Config | None = None,
+        make: Callable[..., Task] = make_task,
+        **task_args: Any,
+    ) -> Self:
+        """A run of ``make(**task_args)`` at its start; it depends on ``config.run.seed`` alone."""
         world, config = world or alone(), config or tiny_config()
-        task = load_task(make_task, task_args, config.run.seed)
+        task = load_task(make, task_args, config.run.seed)
         loader = Loader(task, config.data, world.device)
         state, _ = build_state(config, task, world, loader)
         events = EventLog(folder / "events.jsonl", world.global_rank, run_id="rig")

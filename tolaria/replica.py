@@ -20,7 +20,7 @@ from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
 from tolaria.kasmina.seed import Seed
-from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept
+from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
 from tolaria.objective import Batch, Objective
 from tolaria.state import TrainState, buffers_of
 from tolaria.telemetry.events import EventLog
@@ -117,6 +117,7 @@ class Replica:
             return
         with random_streams_kept(self.world.device):
             for _, twin in self.shadows:
+                refresh_buffers(twin, self.state.objective)
                 with self.autocast():
                     loss = twin(batch.inputs, batch.targets, batch.weights)
                 self.state.scaler.scale(loss).backward()

@@ -177,7 +177,7 @@ def drawing_shadow(rig: Rig) -> None:
         kept(batch)  # type: ignore[arg-type]
         torch.rand(1)
 
-    replica.shadow_backward = backward  # type: ignore[assignment,method-assign]
+    replica.shadow_backward = backward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ def make_twin(objective: nn.Module, slots_of: str, seed: Seed, blend: str) -> nn
     """A second module tree over the storages of ``objective``, with ``seed`` at alpha 1 in its slot.
 
     Parameters become detached aliases (an in-place update of the host shows at once); alphas of other seeds are
-    shared; other buffers are copies, so that running statistics advance once per batch in the host. ``slots_of`` is
-    the attribute of ``objective`` that holds its slots by index; the seed's own module is the same object in both.
+    shared; other buffers are copies, so that running statistics advance once per batch in the host (bring them up to
+    date with `refresh_buffers`). ``slots_of`` is the attribute of ``objective`` that holds its slots by index; the
+    seed's own module is the same object in both.
     """
     if seed.module is None:
         raise ValueError(f"slot {seed.slot!r} holds no seed")
@@ -37,6 +38,18 @@ def make_twin(objective: nn.Module, slots_of: str, seed: Seed, blend: str) -> nn
             slot.form = Active(seed.module, blend)
             return twin
     raise ValueError(f"slot {seed.slot!r} is not among the objective's slots")
+
+
+def refresh_buffers(twin: nn.Module, objective: nn.Module) -> None:
+    """Give the twin the host's present buffers before it runs.
+
+    What it made of its copies would be a memory that no checkpoint holds and that differs over ranks.
+    """
+    host = dict(objective.named_buffers())
+    pairs = [(b, host[name]) for name, b in twin.named_buffers() if name in host and host[name] is not b]
+    if pairs:
+        copies, originals = zip(*pairs, strict=True)
+        torch._foreach_copy_(copies, originals)
 
 
 @contextmanager
