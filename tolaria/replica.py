@@ -185,8 +185,7 @@ class Replica:
         buffers = [(b, b.clone()) for b in buffers_of(self.state)]
         try:
             with random_streams_kept(self.world.device):
-                # Without sync a rank that fails here leaves no other one waiting in a collective.
-                with self.no_sync():
+                with self._apart():
                     with self.autocast():
                         loss = self.loss(batch)
                     loss.backward()
@@ -203,6 +202,19 @@ class Replica:
                 f"parameters without a gradient: {', '.join(missing[:5])}; use them in the loss or freeze them "
                 "with requires_grad_(False)"
             )
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """DDP without any collective, of gradients or of buffers: ranks take their trials one after another, and one
+        that fails leaves no other waiting."""
+        with self.no_sync():
+            if self._ddp is not None:
+                self._ddp.require_forward_param_sync = False
+            try:
+                yield
+            finally:
+                if self._ddp is not None:
+                    self._ddp.require_forward_param_sync = True
 
     def _trained(self) -> list[str]:
         return [name for name, _ in self._trained_parameters()]
