@@ -17,8 +17,10 @@ from tolaria.leyline.types import SeedStage
 GRAFT_PARAMETERS = ("blend_steps",)
 
 
-def build_seed(blueprint_id: str, slot: str, shape: tuple[int, ...], *, run_seed: int, command_id: str) -> nn.Module:
-    """The blueprint's module for a slot of per-sample ``shape``, on the CPU.
+def build_seed(
+    blueprint_id: str, slot: str, shape: tuple[int, ...], *, run_seed: int, command_id: str, device: torch.device
+) -> nn.Module:
+    """The blueprint's module for a slot of per-sample ``shape``, made on the CPU and moved to ``device``.
 
     Its weights depend only on run seed and command id, so they are the same on every rank; no global generator moves.
     Raises CommandRefused for an unknown blueprint, a shape it does not take or keep, or one that fails.
@@ -34,11 +36,12 @@ def build_seed(blueprint_id: str, slot: str, shape: tuple[int, ...], *, run_seed
         try:
             module = blueprint.build(shape)
             with torch.no_grad():
-                out = module(torch.zeros(2, *shape))
-        except (RuntimeError, ValueError, TypeError) as error:
+                out_shape = tuple(module(torch.zeros(2, *shape)).shape[1:])
+            module = module.to(device)
+        except Exception as error:  # the user's code, or a device without room: the run must outlive it
             raise CommandRefused("blueprint_failed", f"blueprint {blueprint_id!r}: {error}") from error
-    if tuple(out.shape[1:]) != shape:
-        raise CommandRefused("shape", f"blueprint {blueprint_id!r} maps {shape} to {tuple(out.shape[1:])}")
+    if out_shape != shape:
+        raise CommandRefused("shape", f"blueprint {blueprint_id!r} maps {shape} to {out_shape}")
     return module
 
 

@@ -279,8 +279,9 @@ class Kasmina:
             seed.module.requires_grad_(learns(seed, self.config))
 
     def _build(self, seed: Seed, blueprint_id: str, command_id: str) -> nn.Module:
-        module = build_seed(blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id)
-        return module.to(self.device)
+        return build_seed(
+            blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id, device=self.device
+        )
 
     def _judge(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
         """The word of the gate before a move; None where there is no gate."""
