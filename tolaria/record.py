@@ -50,7 +50,7 @@ class RunRecord:
         state = self.state
         score = Score(
             step=state.step,
-            epoch=state.sampler.epoch,
+            epoch=_epoch(state),
             loss=report.val_loss,
             accuracy=report.val_accuracy,
             metrics=dict(report.metrics),
@@ -82,7 +82,7 @@ class RunRecord:
         cells = [SeedCell(slot=n, stage=s.stage.name, alpha=s.alpha_value) for n, s in state.kasmina.seeds.items()]
         self.progress.boundary(
             BoundaryRow(
-                epoch=state.sampler.epoch,
+                epoch=_epoch(state),
                 step=state.step,
                 train_loss=report.train_loss,
                 val_loss=report.val_loss,
@@ -151,6 +151,11 @@ class RunRecord:
         self.latencies = [dict(entry) for entry in saved["latencies"]]
         self.counters.update(saved["counters"])
         self.seconds_before = float(saved["seconds"])
+
+
+def _epoch(state: TrainState) -> int:
+    """The epoch that is running, or that has just ended, counted from 1."""
+    return state.sampler.epoch + bool(state.sampler.cursor)
 
 
 def _score_to_json(score: Score | None) -> dict[str, Any] | None:
