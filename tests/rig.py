@@ -179,13 +179,14 @@ class Rig:
         self.evaluator.measure(Meters(TRAIN_METERS))
         return self.apply(*commands)
 
+    def identified(self, command: Command) -> Command:
+        """The command with the next id of this rig: c1, c2, ..."""
+        self.commands += 1
+        return with_identity(command, f"c{self.commands}", issued_by="test", issued_at_ns=1)
+
     def apply(self, *commands: Command) -> Applied:
         """Carry out a decision with these commands, of which a policy would have signed the bytes."""
-        signed = []
-        for command in commands:
-            self.commands += 1
-            identified = with_identity(command, f"c{self.commands}", issued_by="test", issued_at_ns=1)
-            signed.append(encode_command(identified))
+        signed = [encode_command(self.identified(command)) for command in commands]
         state = self.state
         decision = Decision(
             boundary=state.boundary, step_effective=state.step, source="policy", reason="answered",

@@ -180,9 +180,9 @@ class TrainState:
         return _digest(seeds, {**self.meta(), "shapes": shapes})
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Take over a saved state. Raises CheckpointMismatch when it belongs to another model.
+        """Take over a saved state. Raises CheckpointMismatch when it belongs to another model, TaskError for its data.
 
-        The seeds are built first; names, shapes and types of all tensors are checked before the first one is copied.
+        The seeds are built first; everything is checked before the first tensor is copied.
         """
         self.kasmina.load_state_dict(meta["kasmina"])
         self.step, self.boundary = int(meta["step"]), int(meta["boundary"])
@@ -191,15 +191,15 @@ class TrainState:
         own = {n: t for n, t in self.tensors().items() if not n.startswith("optim/")}
         saved = {n: t for n, t in tensors.items() if not n.startswith("optim/")}
         _check_same(own, saved)
+        self.sampler.load_state_dict(meta["sampler"])
+        self.lr.load_state_dict(meta["lr"])
+        self.scaler.load_state_dict(dict(meta["scaler"]))
+        self.mode = Mode(**meta["mode"])
+        load_group_options(self.optimizer, meta["groups"])
+        load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
-        load_group_options(self.optimizer, meta["groups"])
-        load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
-        self.lr.load_state_dict(meta["lr"])
-        self.scaler.load_state_dict(dict(meta["scaler"]))
-        self.sampler.load_state_dict(meta["sampler"])
-        self.mode = Mode(**meta["mode"])
 
 
 def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
