@@ -12,7 +12,7 @@ from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world
-from tolaria.errors import ConfigError, RunDirError
+from tolaria.errors import ConfigError, RunDirError, TolariaError
 from tolaria.finish import conclude, start_info
 from tolaria.hardware import hardware_context
 from tolaria.measure import Evaluator
@@ -59,9 +59,13 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         )  # fmt: skip
         events = EventLog(run.path / "events.jsonl", world.global_rank, run_id=run.run_id)
         cleanup.callback(events.close)
-        trainer = _assemble(config, task, world, run, events, progress, stop, cleanup)
-        outcome = trainer.run()
-        return conclude(outcome, trainer, world, run)
+        try:
+            trainer = _assemble(config, task, world, run, events, progress, stop, cleanup)
+            outcome = trainer.run()
+            return conclude(outcome, trainer, world, run)
+        except TolariaError as error:
+            events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error))
+            raise
 
 
 def _join(config: Config, cleanup: ExitStack) -> World:
@@ -102,6 +106,9 @@ def _assemble(
     if loaded is not None:
         state.load(loaded.tensors, loaded.meta)
     replica.rebuild(first=True)
+    evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
+    # Before the random streams are set: a user's data may draw from any of them.
+    evaluator.rehearse()
     if loaded is None or loaded.local_tensors is None:
         seed_rank(config.run.seed, state.step, world.global_rank)
     else:
@@ -127,7 +134,7 @@ def _assemble(
             state=state,
             loader=loader,
             step=TrainStep(state, replica, events, clip_norm=config.train.clip_norm, debug=config.train.debug),
-            evaluator=Evaluator(task, state, replica, loader, world, config.data.validation_batch_size),
+            evaluator=evaluator,
             coordinator=coordinator,
             writer=_writer(config, world, run, cleanup),
             record=record,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tolaria.config import DataConfig
 from tolaria.errors import TaskError
 from tolaria.objective import Batch
-from tolaria.task import Task
+from tolaria.task import Task, in_words
 
 Plan = list[tuple[list[int], list[float]]]
 
@@ -127,7 +127,10 @@ class Loader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, dataset: Dataset[Any], plan: Plan) -> Iterator[Batch]:
-        """The microbatches of ``plan`` on the device. Draws nothing from the global random generators."""
+        """The microbatches of ``plan`` on the device. Draws nothing from the global random generators.
+
+        Raises TaskError, at the batch in question, for whatever the user's dataset or collate raises.
+        """
         loader = DataLoader(
             dataset,
             batch_sampler=[indices for indices, _ in plan],
@@ -137,8 +140,17 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
-        on_host = (self._pair(item, w) for item, (_, w) in zip(loader, plan, strict=True))
+        on_host = self._loaded(loader, plan)
         return self._ahead(on_host) if self._stream is not None else on_host
+
+    def _loaded(self, loader: DataLoader[Any], plan: Plan) -> Iterator[Batch]:
+        try:
+            for item, (_, weights) in zip(loader, plan, strict=True):
+                yield self._pair(item, weights)
+        except TaskError:
+            raise
+        except Exception as error:  # the user's dataset and collate: anything may come out of them
+            raise TaskError(f"the task's data could not be loaded: {in_words(error)}") from error
 
     def _pair(self, item: Any, weights: list[float]) -> Batch:
         if not (isinstance(item, (tuple, list)) and len(item) == 2):

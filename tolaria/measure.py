@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tolaria.data import Loader, dataset_size, validation_plan
+from tolaria.data import Loader, Plan, dataset_size, validation_plan
 from tolaria.dist import World
+from tolaria.errors import TaskError
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Gauge
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import weighted_sums
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
-from tolaria.task import Task
+from tolaria.task import Task, in_words
 from tolaria.telemetry.meters import Meters
 
 TRAIN_METERS = ("loss",)
@@ -56,6 +57,21 @@ class Evaluator:
         self.size = dataset_size(task.validation, "validation")
         self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
 
+    def rehearse(self) -> None:
+        """One validation batch before training starts, so that a mistake does not show after the first epoch only.
+
+        Local; the user's data may move the random generators. Raises TaskError for whatever model, loss, accuracy or a
+        metric raises, and for results of a wrong form.
+        """
+        try:
+            self._pass(self._plan[:1])
+        except TaskError:
+            raise
+        except Exception as error:  # the user's code: anything may come out of it, and it ends the start
+            if self.replica.config.train.debug:
+                raise
+            raise TaskError(f"validating a batch failed: {in_words(error)}") from error
+
     def measure(self, train: Meters) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
@@ -63,7 +79,7 @@ class Evaluator:
         """
         self.replica.synchronise_buffers()
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
-        local.update({f"val/{name}": value for name, value in self._pass().items()})
+        local.update({f"val/{name}": value for name, value in self._pass(self._plan).items()})
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
                 local.update(self._probe(seed))
@@ -73,11 +89,11 @@ class Evaluator:
         self._update_evidence(values, report.val_loss)
         return report
 
-    def _pass(self) -> dict[str, Tensor]:
+    def _pass(self, plan: Plan) -> dict[str, Tensor]:
         objective = self.state.objective
         totals: dict[str, Tensor] = {}
         with evaluating(objective):
-            for batch in self.loader.batches(self.task.validation, self._plan):
+            for batch in self.loader.batches(self.task.validation, plan):
                 with self.replica.autocast():
                     # Not through the objective: validation is eager, its shapes and modes would each be compiled.
                     outputs = objective.model(batch.inputs)
@@ -87,7 +103,7 @@ class Evaluator:
 
     def _probe(self, seed: Seed) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
-            loss = self._pass()["loss"]
+            loss = self._pass(self._plan)["loss"]
         key = f"probe/{seed.slot}"
         found = {f"{key}/loss": loss}
         if isinstance(gauge, Gauge):

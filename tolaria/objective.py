@@ -21,8 +21,10 @@ class Batch:
     weights: Tensor
 
 
-def per_sample(values: Tensor, batch: int, what: str) -> Tensor:
-    """Shape (batch, ...) averaged to (batch,) in float32. Raises TaskError for another shape."""
+def per_sample(values: Any, batch: int, what: str) -> Tensor:
+    """A tensor of shape (batch, ...) averaged to (batch,) in float32. Raises TaskError for anything else."""
+    if not isinstance(values, Tensor):
+        raise TaskError(f"{what} returned {type(values).__name__}; expected a tensor with one value per sample")
     if values.dim() == 0 or values.shape[0] != batch:
         raise TaskError(
             f"{what} returned shape {tuple(values.shape)} for a batch of {batch}; expected one value per sample, "

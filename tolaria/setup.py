@@ -11,12 +11,13 @@ from tolaria.dist import World
 from tolaria.errors import TaskError
 from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
+from tolaria.leyline.limits import is_name
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
 from tolaria.replica import evaluating
 from tolaria.state import HOST_GROUP, TrainState
-from tolaria.task import Task
+from tolaria.task import Task, in_words
 
 
 def build_state(config: Config, task: Task, world: World, loader: Loader) -> tuple[TrainState, OptimConfig]:
@@ -27,14 +28,14 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     host_buffers = dict(model.named_buffers()) | {n: p for n, p in model.named_parameters() if not p.requires_grad}
     if not host_parameters:
         raise TaskError("the task's model has no parameter that requires a gradient")
+    _check_metrics(task)
+    size = dataset_size(task.train, "training")
     objective = Objective(task, slots)
-    batch = next(iter(loader.batches(task.train, [([0, 0], [0.5, 0.5])])))
-    with evaluating(objective):
-        shapes = probe_shapes(slots, lambda: objective.model(batch.inputs))
+    shapes = _probe(objective, slots, loader, debug=config.train.debug)
     kasmina = Kasmina(slots, shapes, config.kasmina, config.run.seed, world.device)
     optim = _optimizer_settings(config.optim, task)
     sampler = EpochSampler(
-        dataset_size(task.train, "training"), seed=config.run.seed, rank=world.global_rank,
+        size, seed=config.run.seed, rank=world.global_rank,
         world_size=world.world_size, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
     )  # fmt: skip
     lr = LRController(config.lr, optim.lr, planned_steps(config.train, sampler))
@@ -62,6 +63,31 @@ def boundaries_left(config: TrainConfig, state: TrainState) -> int:
     """Boundaries from here to the planned end of the run."""
     every = config.boundary_steps or state.sampler.steps_per_epoch
     return max(0, -(-(planned_steps(config, state.sampler) - state.step) // every))
+
+
+def _probe(
+    objective: Objective, slots: dict[str, Slot], loader: Loader, *, debug: bool
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The per-sample shape at every slot, from one forward pass over two samples."""
+    batch = next(iter(loader.batches(loader.task.train, [([0, 0], [0.5, 0.5])])))
+    with evaluating(objective):
+        try:
+            return probe_shapes(slots, lambda: objective.model(batch.inputs))
+        except TaskError:
+            raise
+        except Exception as error:  # the user's model: anything may come out of it, and it ends the start
+            if debug:
+                raise
+            raise TaskError(f"the model failed on a batch: {in_words(error)}") from error
+
+
+def _check_metrics(task: Task) -> None:
+    for name in task.metrics:
+        if name in ("loss", "accuracy"):
+            raise TaskError(f"the task's metric {name!r} has the name of a built-in value; choose another")
+        # Sent to the policy under this name.
+        if not is_name(f"metric/{name}"):
+            raise TaskError(f"the task's metric {name!r}: expected a name of up to 121 of a-z A-Z 0-9 _ . : / @ + -")
 
 
 def _slots(model: torch.nn.Module, paths: Mapping[str, str]) -> dict[str, Slot]:

@@ -5,8 +5,10 @@ after the random generators were seeded alike, so that all ranks build the same 
 """
 
 import importlib
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,15 @@ class Task:
     collate: Callable[[list[Any]], Any] = default_collate
 
 
+def in_words(error: BaseException) -> str:
+    """What a user's code raised, on one line: type, text, and the user's line that led to it."""
+    own = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
+
+
 def import_object(path: str, key: str) -> Any:
     """The object at ``package.module:name``. Raises TaskError that names ``key`` and what was wrong."""
     module_name, colon, attribute = path.partition(":")
@@ -51,8 +62,8 @@ def import_object(path: str, key: str) -> Any:
         raise TaskError(f"{key}={path!r}: expected package.module:name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise TaskError(f"{key}={path!r}: cannot import {module_name} ({error})") from error
+    except Exception as error:  # importing runs the user's code: anything may come out of it, and it ends the start
+        raise TaskError(f"{key}={path!r}: cannot import {module_name} ({in_words(error)})") from error
     if not hasattr(module, attribute):
         raise TaskError(f"{key}={path!r}: module {module_name} has no {attribute!r}")
     return getattr(module, attribute)
@@ -70,7 +81,7 @@ def load_task(factory: str | Callable[..., Task], args: Mapping[str, Any], seed:
     try:
         task = factory(**args)
     except Exception as error:  # the user's code: anything may come out of it, and it ends the start
-        raise TaskError(f"task.factory={path!r} raised {type(error).__name__}: {error}") from error
+        raise TaskError(f"task.factory={path!r} raised {in_words(error)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task.factory={path!r} returned {type(task).__name__}; expected tolaria.Task")
     return task

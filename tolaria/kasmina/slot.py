@@ -10,6 +10,7 @@ A stage change swaps the module object in `Slot.form`, so that each structure is
 one costs nothing; alpha is a 0-D buffer, so that its change never retraces.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tolaria.errors import TaskError
+
+_SLOT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class HostOnly(nn.Module):
@@ -128,12 +131,13 @@ class _ShapeProbe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shape: tuple[int, ...] | None = None
-        self.dtype: torch.dtype | None = None
+        self.carries = ""
 
     def forward(self, h: Any) -> Any:
         """Note shape and type."""
-        if isinstance(h, Tensor):
-            self.shape, self.dtype = tuple(h.shape[1:]), h.dtype
+        self.carries = str(h.dtype) if isinstance(h, Tensor) else f"a {type(h).__name__}"
+        if isinstance(h, Tensor) and h.dtype.is_floating_point:
+            self.shape = tuple(h.shape[1:])
         return h
 
 
@@ -145,8 +149,9 @@ class Slot(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        if not name or not all(c.isalnum() or c in "-_." for c in name) or len(name) > 64:
-            raise TaskError(f"slot name {name!r}: expected 1 to 64 letters, digits, '-', '_' or '.'")
+        # A slot's name travels as an id in messages, which is ASCII.
+        if _SLOT_NAME.fullmatch(name) is None:
+            raise TaskError(f"slot name {name!r}: expected 1 to 64 of a-z A-Z 0-9 - _ . starting with none of - .")
         self.name = name
         self.form: nn.Module = HostOnly()
 
@@ -204,9 +209,9 @@ def probe_shapes(slots: dict[str, Slot], forward: Any) -> dict[str, tuple[int, .
             slot.form = forms[name]
     shapes = {}
     for name, probe in probes.items():
-        if probe.shape is None or probe.dtype is None:
-            raise TaskError(f"slot {name!r}: no tensor passed through it in a forward pass")
-        if not probe.dtype.is_floating_point:
-            raise TaskError(f"slot {name!r}: carries {probe.dtype}; expected a floating-point tensor")
+        if not probe.carries:
+            raise TaskError(f"slot {name!r}: nothing passed through it in a forward pass")
+        if probe.shape is None:
+            raise TaskError(f"slot {name!r}: carries {probe.carries}; expected a floating-point tensor")
         shapes[name] = probe.shape
     return shapes
