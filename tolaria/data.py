@@ -68,6 +68,12 @@ class EpochSampler:
         order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
 
+    @property
+    def loader_seed(self) -> int:
+        """Seed of this rank's loader processes from the present position on."""
+        position = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + self.cursor
+        return (position * self.world_size + self.rank) % 2**63
+
     def remaining(self) -> Plan:
         """This rank's microbatches from the cursor to the end of the epoch: (indices, weights) of each."""
         order, plan = self.order(), []
@@ -126,8 +132,10 @@ class Loader:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def batches(self, dataset: Dataset[Any], plan: Plan) -> Iterator[Batch]:
+    def batches(self, dataset: Dataset[Any], plan: Plan, *, seed: int = 0) -> Iterator[Batch]:
         """The microbatches of ``plan`` on the device. Draws nothing from the global random generators.
+
+        ``seed`` decides what loader processes draw; without them the dataset draws from this process's generators.
 
         Raises TaskError, at the batch in question, for whatever the user's dataset or collate raises.
         """
@@ -138,7 +146,7 @@ class Loader:
             num_workers=self.config.num_workers,
             timeout=self.config.timeout_s if self.config.num_workers else 0,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
+            generator=torch.Generator().manual_seed(seed),
         )
         on_host = self._loaded(loader, plan)
         return self._ahead(on_host) if self._stream is not None else on_host

@@ -103,8 +103,9 @@ class Trainer:
         return outcome
 
     def _groups(self) -> Iterator[list[Batch]]:
-        batches = iter(self.parts.loader.batches(self.parts.task.train, self.state.sampler.remaining()))
-        while group := list(islice(batches, self.state.sampler.accumulation)):
+        sampler = self.state.sampler
+        batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
+        while group := list(islice(batches, sampler.accumulation)):
             yield group
 
     def _done(self) -> bool:
