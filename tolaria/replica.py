@@ -67,10 +67,12 @@ class Replica:
         dtype = AMP_DTYPES.get(amp, torch.bfloat16)
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=amp != "off")
 
-    def rebuild(self, *, first: bool = False) -> None:
+    def rebuild(self, *, first: bool = False, afresh: bool = False) -> None:
         """Bring DDP and the shadow twins in line with the structure. All ranks call it; no collective but at ``first``.
 
-        ``first`` broadcasts rank 0's weights and buffers; later the weights are known to be equal.
+        ``first`` broadcasts rank 0's weights and buffers; later the weights are known to be equal. ``afresh`` makes a
+        new wrapper in any case, for ranks that may hold wrappers of different ages: a new one agrees on its buckets in
+        its second step, in a collective that an older one does not take part in.
         """
         objective = self.state.objective
         blend = self.config.kasmina.blend
@@ -79,7 +81,7 @@ class Replica:
             for _, twin in self.shadows:
                 twin.compile(mode=self.config.compile.mode)
         wanted = [name for name, p in objective.named_parameters() if p.requires_grad]
-        if self.world.data_group is None or (wanted == self._wrapped and not first):
+        if self.world.data_group is None or (wanted == self._wrapped and not (first or afresh)):
             return
         # The old wrapper must be gone before the new one: its hooks would reduce every gradient a second time.
         self._ddp = None

@@ -205,7 +205,8 @@ def _change(plan: _Plan, state: TrainState, replica: Replica, *, conservative: b
 
 def _go_back(memento: Memento, state: TrainState, replica: Replica) -> None:
     state.restore(memento)
-    replica.rebuild()
+    # A rank that failed early still has its old wrapper, the others have made new ones.
+    replica.rebuild(afresh=True)
 
 
 def _refuse(result: Applied, plan: _Plan, code: str, reason: str) -> None:
