@@ -15,6 +15,7 @@ from tolaria.dist import World, init_world
 from tolaria.errors import ConfigError, RunDirError, TolariaError
 from tolaria.finish import conclude, start_info
 from tolaria.hardware import hardware_context
+from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
@@ -34,7 +35,6 @@ from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
-from tolaria.train import Parts, Trainer
 
 NO_POLICY = "none"
 

@@ -7,11 +7,11 @@ from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import ReplicaMismatch
 from tolaria.hardware import device_text
+from tolaria.loop import Trainer
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
 from tolaria.telemetry.progress import StartInfo
 from tolaria.telemetry.summary import RunSummary, latency_split, versions, write_summary
-from tolaria.train import Trainer
 
 
 def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> StartInfo:

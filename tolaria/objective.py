@@ -55,7 +55,7 @@ def weighted_sums(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:
     """Validation values of one batch, summed with its weights: "loss", "accuracy" and the task's metrics, 0-D."""
     functions = {"loss": task.loss, "accuracy": task.accuracy, **task.metrics}
     count = batch.weights.shape[0]
-    values = {name: per_sample(f(outputs, batch.targets), count, name) for name, f in functions.items()}
+    values = {name: per_sample(f(outputs, batch.targets), count, f"the task's {name}") for name, f in functions.items()}
     # A filled-up sample has weight 0, but 0 * inf is NaN: leave it out instead of multiplying.
     real = batch.weights > 0
     return {
