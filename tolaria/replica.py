@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.parallel import DistributedDataParallel
 
 from tolaria.config import Config
@@ -48,17 +49,21 @@ class Replica:
         self._ddp: DistributedDataParallel | None = None
         self._wrapped: list[str] = []
         self._warm: set[object] = set()
+        # One code object serves every structure of the run, so dynamo's own limit is far too low.
+        limit = config.compile.structure_limit
+        self._limits = torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
         if self.compiled:
-            # One code object serves every structure of the run; past the limit dynamo would silently run eager.
-            torch._dynamo.config.recompile_limit = config.compile.structure_limit
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            self._limits.__enter__()
             state.objective.compile(mode=config.compile.mode)
 
     def close(self) -> None:
-        """Let go of DDP's hooks and of the eager stance, if a failed compile had set it."""
+        """Let go of DDP's hooks, of dynamo's limits, and of the eager stance if a failed compile had set it."""
         self._ddp = None
         self.shadows = []
-        if self.config.compile.enabled and not self.compiled:
+        if not self.config.compile.enabled:
+            return
+        self._limits.__exit__(None, None, None)
+        if not self.compiled:
             torch.compiler.set_stance("default")
 
     def autocast(self) -> torch.autocast:
@@ -171,9 +176,13 @@ class Replica:
 
     def _attempt(self, batch: Batch) -> tuple[int, str]:
         try:
-            self._trial(batch)
+            # Past its limit dynamo runs eager without a word. Here it is told to fail, so that all ranks do the same.
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                self._trial(batch)
         except TaskError as error:
             return _BROKEN, str(error)
+        except FailOnRecompileLimitHit:
+            return _NOT_COMPILED, f"more structures than compile.structure_limit={self.config.compile.structure_limit}"
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if self.compiled:
                 # Dynamo, inductor and the toolchain fail with these; if it was the model, eager fails next.
