@@ -1,4 +1,4 @@
-"""What the host of a `Rig` shows of itself step by step, and where two runs differ in it."""
+"""What the host of a `Rig` shows of itself step by step, where two runs differ in it, and a form that leaks."""
 
 from typing import Any, TypeAlias
 
@@ -52,3 +52,16 @@ def differences(one: list[Trace], other: list[Trace]) -> list[str]:
         unequal = [name for name in a if name in b and not same_bits(a[name], b[name])]
         found += [f"step {step}: {name}" for name in missing + unequal]
     return found
+
+
+class Leaky(nn.Module):
+    """A form that shows the host's value and lets the seed learn, but what the seed reads is not detached."""
+
+    def __init__(self, seed: nn.Module) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h, with the gradient of h + f(h)."""
+        f: Tensor = self.seed(h)
+        return h + (f - f.detach())

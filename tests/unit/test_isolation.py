@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.isolation import Trace, differences, trace
+from tests.isolation import Leaky, Trace, differences, trace
 from tests.rig import Rig, same_bits, tiny_config
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import SeedStage
@@ -109,19 +109,6 @@ def test_meanwhile_the_seed_learns(tmp_path: Path, signal: str) -> None:
 
 
 # Positive controls: what leaks is found by the same comparison
-
-
-class Leaky(nn.Module):
-    """A form that shows the host's value and lets the seed learn, but what the seed reads is not detached."""
-
-    def __init__(self, seed: nn.Module) -> None:
-        super().__init__()
-        self.seed = seed
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h, with the gradient of h + f(h)."""
-        f: Tensor = self.seed(h)
-        return h + (f - f.detach())
 
 
 def leaky_form(rig: Rig) -> None:
