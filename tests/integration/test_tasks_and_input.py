@@ -56,6 +56,7 @@ GROWTH = {
     "--kasmina.min_contribution": "-10",
     "--kasmina.max_loss_ratio": "100",
     "--tamiyo.deadline_ms": "10000",
+    "--dist.threads": "1",
 }
 
 
