@@ -5,7 +5,25 @@ import re
 from tests.architecture.source import ROOT
 
 # Command as in a ```sh block of README.md -> (the test that runs it, text by which the test's source shows it).
-TESTED_COMMANDS: dict[str, tuple[str, str]] = {}
+EXAMPLES = "tests/integration/test_readme_examples.py"
+DIGITS = "-m tolaria.launch --config launch/configs/digits.toml"
+MINE = "python -m tolaria.launch --task my_model:make_task"
+SERVICE = "--tamiyo.endpoint ipc:///tmp/policy.sock --tamiyo.key_file keys/shared.key"
+SERVE = "-m tolaria.tamiyo.server --policy my_policy:OneSeed --bind ipc:///tmp/policy.sock --key-file keys/shared.key"
+TESTED_COMMANDS: dict[str, tuple[str, str]] = {
+    "make demo": ("tests/integration/test_demo.py", '"demo"'),
+    "make test": ("Makefile", "for stage in lint types architecture test"),
+    f"torchrun --nproc_per_node=2 {DIGITS}": (EXAMPLES, f"torchrun --nproc_per_node=2 {DIGITS}"),
+    f"torchrun --nproc_per_node=2 {DIGITS} --resume auto": (EXAMPLES, f"{DIGITS} --resume auto"),
+    f"python {DIGITS}": (EXAMPLES, f'"python {DIGITS}"'),
+    f"python {DIGITS} --debug": (EXAMPLES, f'"python {DIGITS} --debug"'),
+    "python -m tolaria.launch --help": (EXAMPLES, '"python -m tolaria.launch --help"'),
+    f"{MINE} --optim.lr 0.01": (EXAMPLES, f'"{MINE} --optim.lr 0.01"'),
+    f"{MINE} --tamiyo.policy my_policy:OneSeed --optim.lr 0.01": (EXAMPLES, "--tamiyo.policy my_policy:OneSeed"),
+    "python -m tolaria.tamiyo.keys keys": (EXAMPLES, '"python -m tolaria.tamiyo.keys keys"'),
+    f"python {SERVE}": (EXAMPLES, SERVE),
+    f"{MINE} {SERVICE}": (EXAMPLES, "--tamiyo.endpoint ipc:///tmp/policy.sock"),
+}
 
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

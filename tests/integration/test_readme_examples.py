@@ -29,12 +29,14 @@ def examples(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "PET_STANDALONE": "1"}
 
 
 def run(folder: Path, command: str, *further: str) -> str:
     """Run a README command in ``folder`` and return its output; it must end with exit code 0."""
-    words = [sys.executable, *command.split()[1:], *further]
+    program, *words = command.split()
+    # The environment's own programs; torchrun with a port of the kernel's choice, since tests may run side by side.
+    words = [str(Path(sys.executable).with_name(program)), *words, *further]
     done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -102,6 +104,30 @@ def test_policy_as_a_service(examples: Path, short_socket: str) -> None:
 def short_socket(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An ipc endpoint of this test alone; a socket's path may have 107 bytes at most."""
     return f"ipc://{tmp_path_factory.mktemp('s')}/p"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m tolaria.launch --config launch/configs/digits.toml",
+        "python -m tolaria.launch --config launch/configs/digits.toml --debug",
+    ],
+)
+def test_one_process(command: str, tmp_path: Path) -> None:
+    eager = [] if command.endswith("--debug") else EAGER
+    shown = run(ROOT, command, *eager, "--train.epochs", "1", "--run.root", str(tmp_path))
+    assert "1 rank on cpu" in shown
+    assert "Finished" in shown
+
+
+def test_two_ranks_and_going_on(tmp_path: Path) -> None:
+    there = [*EAGER, "--run.root", str(tmp_path), "--dist.device", "cpu"]
+    first = "torchrun --nproc_per_node=2 -m tolaria.launch --config launch/configs/digits.toml"
+    again = "torchrun --nproc_per_node=2 -m tolaria.launch --config launch/configs/digits.toml --resume auto"
+    assert "equal on 2 ranks" in run(ROOT, first, *there, "--train.epochs", "1")
+    assert "resumed" in run(ROOT, again, *there, "--train.epochs", "2")
+    [only] = tmp_path.iterdir()
+    assert json.loads((only / "summary.json").read_text())["epochs"] == 2
 
 
 def test_help_lists_every_section() -> None:
