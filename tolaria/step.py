@@ -88,7 +88,8 @@ class TrainStep:
         for parameter, _ in held:
             parameter.grad = None
         scaler.unscale_(self.state.optimizer)
-        torch._foreach_div_([g for _, g in held if g is not None], scaler.get_scale())
+        if gradients := [g for _, g in held if g is not None]:
+            torch._foreach_div_(gradients, scaler.get_scale())
         for parameter, gradient in held:
             parameter.grad = gradient
 
