@@ -6,12 +6,14 @@ stacks of its threads, and the job is ended.
 """
 
 import contextlib
+import getpass
 import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,40 +42,33 @@ class JobFailed(AssertionError):
 
 
 class Job:
-    """One start of the launcher. ``ranks`` 0 is `python -m tolaria.launch` without torchrun.
+    """One start of the launcher: ``command``, which is to use ``run_dir``.
 
-    ``folder`` holds the run directory and the directory for temporary files; starts that share it continue one run.
-    Its path is to be short, for the sake of the sockets in it.
+    ``folder`` holds the output and the directory for temporary files; starts that share it continue one run. Its path
+    is to be short, for the sake of the sockets in it. ``terminal``: a descriptor to write to in place of a file.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        flags: Sequence[str],
-        *,
-        ranks: int = 2,
-        max_restarts: int = 0,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self.run_dir = folder / "run"
+        self, folder: Path, command: Sequence[str], run_dir: Path, *,
+        environment: Mapping[str, str] | None = None, terminal: int | None = None,
+    ) -> None:  # fmt: skip
+        self.run_dir = run_dir
         self._temporary = folder / "tmp"
         self._temporary.mkdir(exist_ok=True)
         self._token = secrets.token_hex(8)
         self._shared_memory = _shared_memory()
         self._output = folder / f"output-{self._token}"
-        with self._output.open("wb") as output:
+        with self._output.open("wb") as file:
+            target = file.fileno() if terminal is None else terminal
             self.process = subprocess.Popen(
-                [*_command(ranks, max_restarts), *flags, "--run.dir", str(self.run_dir)],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=target, stderr=target, start_new_session=True,
                 env={**os.environ, **self._environment(), **dict(environment or {})},
-            )
+            )  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
+        compiled_code = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
         return {
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled_code),  # not in TMPDIR: compiling everything anew takes minutes
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONFAULTHANDLER": "1",
@@ -225,12 +220,13 @@ def is_gone(process: psutil.Process, deadline_s: float = GONE_S) -> bool:
     return False
 
 
-def _command(ranks: int, max_restarts: int) -> list[str]:
-    launch = ["-m", "tolaria.launch"]
-    if ranks == 0:
-        return [sys.executable, *launch]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *torchrun, f"--max-restarts={max_restarts}", *launch]
+def launch(folder: Path, flags: Sequence[str], *, ranks: int = 2, max_restarts: int = 0) -> Job:
+    """Start `torchrun -m tolaria.launch` with the run directory ``folder/run``; 0 ranks: without torchrun."""
+    command = ["-m", "tolaria.launch", *flags, "--run.dir", str(folder / "run")]
+    if ranks:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*torchrun, f"--max-restarts={max_restarts}", *command]
+    return Job(folder, [sys.executable, *command], folder / "run")
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -10,11 +10,14 @@ was lost; 73 run directory; 74 checkpoint; 75 run directory in use. torchrun its
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 
 from tolaria.errors import PeerLost, TolariaError
 from tolaria.options import parse
+
+CULPRIT_FIRST_S = 5.0  # a rank that failed needs up to some seconds to end: torch is slow to unload
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         train(config)
     except TolariaError as error:
-        sys.stderr.write(f"tolaria: rank {rank}: {error}\n" if "RANK" in os.environ else f"tolaria: {error}\n")
+        # One line: what a task raised may have many.
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"tolaria: rank {rank}: {text}\n" if "RANK" in os.environ else f"tolaria: {text}\n")
         if isinstance(error, PeerLost):
             _leave(error.exit_code)
         return error.exit_code
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        sys.stderr.write(f"tolaria: rank {rank}: lost another rank; that rank's own output says why\n")
+        what = str(error).strip().partition("\n")[0]
+        sys.stderr.write(f"tolaria: rank {rank}: lost another rank; that rank's own output says why ({what})\n")
         _leave(PeerLost.exit_code)
     return 0
 
@@ -53,9 +59,12 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _leave(code: int) -> None:
-    # Process groups whose peer is gone may wait in their destructors; torchrun wants this process gone now.
+    """End this rank, which did nothing wrong, after the one that was lost."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # torchrun reports the rank that ended first as the cause. It ends this one as soon as it has seen the other's end.
+    time.sleep(CULPRIT_FIRST_S)
+    # Process groups whose peer is gone may wait in their destructors.
     os._exit(code)
 
 
