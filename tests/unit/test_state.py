@@ -256,6 +256,10 @@ def test_a_memento_takes_back_structure_rates_and_mode(rig: Rig) -> None:
     state.restore(kept)
     assert state.digest() == before
     assert state.optimizer is optimizer
+    state.optimizer.param_groups[0]["weight_decay"] = 0.5  # also where no new optimizer was made
+    assert state.digest() != before
+    state.restore(kept)
+    assert state.digest() == before
 
 
 # Random streams
