@@ -199,7 +199,7 @@ def test_probing_finds_the_shapes_and_leaves_the_slots_as_they_were() -> None:
 
 def test_a_slot_that_is_not_reached_or_carries_no_float_is_refused() -> None:
     slot = Slot("lost")
-    with pytest.raises(TaskError, match="'lost': no tensor passed"):
+    with pytest.raises(TaskError, match="'lost': nothing passed"):
         probe_shapes({"lost": slot}, lambda: None)
     with pytest.raises(TaskError, match=r"'lost': carries torch.int64"):
         probe_shapes({"lost": slot}, lambda: slot(torch.zeros(2, 3, dtype=torch.int64)))
