@@ -19,6 +19,9 @@ from tolaria.replica import evaluating
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.task import Task, in_words
 
+MAX_OBSERVED = 200
+"""Slots and metrics together: as many as a packet to the policy has room for."""
+
 
 def build_state(config: Config, task: Task, world: World, loader: Loader) -> tuple[TrainState, OptimConfig]:
     """The state of a run that has not begun, and the optimizer settings in force. Local; raises TaskError."""
@@ -28,7 +31,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     host_buffers = dict(model.named_buffers()) | {n: p for n, p in model.named_parameters() if not p.requires_grad}
     if not host_parameters:
         raise TaskError("the task's model has no parameter that requires a gradient")
-    _check_metrics(task)
+    _check_metrics(task, len(slots))
     size = dataset_size(task.train, "training")
     objective = Objective(task, slots)
     shapes = _probe(objective, slots, loader, debug=config.train.debug)
@@ -81,7 +84,9 @@ def _probe(
             raise TaskError(f"the model failed on a batch: {in_words(error)}") from error
 
 
-def _check_metrics(task: Task) -> None:
+def _check_metrics(task: Task, num_slots: int) -> None:
+    if len(task.metrics) + num_slots > MAX_OBSERVED:
+        raise TaskError(f"{num_slots} slots and {len(task.metrics)} metrics: expected at most {MAX_OBSERVED} together")
     for name in task.metrics:
         if name in ("loss", "accuracy"):
             raise TaskError(f"the task's metric {name!r} has the name of a built-in value; choose another")

@@ -194,6 +194,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "accuracy_raises": ("validating a batch", "AttributeError", "user_task.py, line"),
     "metric_reserved": ("metric 'loss'",),
     "metric_unsendable": ("metric 'top 5 %'",),
+    "metrics_many": ("201 metrics", "at most 200"),
     "slot_nowhere": ("slot 'mid'", "'encoder.layer.0'", "encoder.layers.0"),
     "slot_tuple": ("slot 'mid'", "a tuple", "tensor"),
     "slot_unused": ("slot 'mid'", "nothing passed through"),

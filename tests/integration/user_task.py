@@ -96,7 +96,7 @@ class Endless(torch.utils.data.IterableDataset[Any]):
 
 
 def raising(task: Task) -> Task:
-    raise ValueError("the file with the samples is not there")
+    raise ValueError("the file with the samples\nis not there")
 
 
 def of(**changes: Any) -> Callable[[Task], Task]:
@@ -141,6 +141,7 @@ MISTAKES: dict[str, Callable[[Task], Any]] = {
     "accuracy_raises": of(accuracy=lambda logits, targets: logits.nothing),
     "metric_reserved": metric_named("loss"),
     "metric_unsendable": metric_named("top 5 %"),
+    "metrics_many": of(metrics={f"metric-{i}": per_sample_accuracy for i in range(201)}),
     "slot_nowhere": of(slots={"mid": "encoder.layer.0"}),
     "slot_tuple": of(slots={"mid": "encoder.layers.0.self_attn"}),
     "slot_unused": with_model(lambda: with_spare(Classifier()), slots={"mid": "spare"}),

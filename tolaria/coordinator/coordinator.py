@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria.config import TamiyoConfig
@@ -21,7 +21,7 @@ from tolaria.dist import World
 from tolaria.errors import PolicyUnavailable
 from tolaria.leyline.codec import decode_decision, encode_decision
 from tolaria.leyline.limits import clip_measurement
-from tolaria.leyline.types import Decision, HardwareContext, PolicyRequest, SystemState
+from tolaria.leyline.types import Decision, HardwareContext, PolicyRequest, SeedState, SystemState
 from tolaria.measure import Report
 from tolaria.objective import Batch
 from tolaria.replica import Replica
@@ -173,7 +173,7 @@ class Coordinator:
             training_run_id=self._facts.run_id,
             experiment_name=self._facts.experiment,
             hardware=self._facts.hardware(),
-            seeds=state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)),
+            seeds=tuple(map(_sendable, state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)))),
             training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
         )
 
@@ -190,3 +190,8 @@ class Coordinator:
             self.breaker.load_state_dict(state["breaker"])
             self.ledger.load_state_dict(state["ledger"])
             self._losses = deque(map(float.fromhex, state["losses"]), maxlen=LOSS_HISTORY)
+
+
+def _sendable(seed: SeedState) -> SeedState:
+    metrics = {name: clip_measurement(value) for name, value in seed.metrics.items()}
+    return replace(seed, gradient_norm=clip_measurement(seed.gradient_norm), metrics=metrics)

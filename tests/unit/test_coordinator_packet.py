@@ -1,0 +1,140 @@
+"""What rank 0 asks and remembers: every state of a run can be told to the policy, and a restart forgets nothing."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import Rig
+from tolaria.config import TamiyoConfig
+from tolaria.coordinator.coordinator import LOSS_HISTORY, Coordinator, RunFacts
+from tolaria.errors import PolicyUnavailable
+from tolaria.leyline.codec import ReceivedReply, decode_request, encode_request
+from tolaria.leyline.limits import MAX_MEASUREMENT
+from tolaria.leyline.types import HardwareContext, PolicyRequest, SeedStage, SystemState
+from tolaria.measure import Report
+from tolaria.tamiyo.client import PolicyClient
+
+HEALTHY = Report(0.75, 0.5, 0.25, {"top2": 0.875})
+
+
+class Recorder(PolicyClient):
+    """Keeps the questions as the policy would read them; answers with nothing, or fails as told."""
+
+    def __init__(self) -> None:
+        self.asked: list[PolicyRequest] = []
+        self.deadlines_ms: list[int] = []
+        self.failure = ""
+        self.rejected = Counter()
+
+    def ask(self, request: PolicyRequest, *, boundary: int, deadline_ms: int) -> ReceivedReply:
+        self.asked.append(decode_request(encode_request(request)))
+        self.deadlines_ms.append(deadline_ms)
+        if self.failure:
+            raise PolicyUnavailable(self.failure, "as told")
+        return ReceivedReply()
+
+
+def coordinator(rig: Rig, client: Recorder | None) -> Coordinator:
+    facts = RunFacts(
+        run_id="run", experiment="test", hardware=lambda: HardwareContext(device_type="cpu"), boundaries_left=lambda: 4
+    )
+    return Coordinator(
+        rig.state, rig.replica, rig.world, TamiyoConfig(), rig.events, facts=facts, client=client, revive=None,
+        sample=lambda: rig.batches()[0], wall_ns=lambda: 5,
+    )  # fmt: skip
+
+
+def told(rig: Rig, report: Report) -> SystemState:
+    """The state as the policy reads it."""
+    client = Recorder()
+    rig.state.boundary += 1
+    coordinator(rig, client).exchange(report)
+    (asked,) = client.asked
+    return asked.state
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig.build(tmp_path) as built:
+        yield built
+
+
+def test_the_packet_tells_how_the_run_does(rig: Rig) -> None:
+    rig.train(3)
+    state = told(rig, HEALTHY)
+    assert (state.packet_id, state.training_run_id, state.experiment_name) == ("run:1", "run", "test")
+    assert (state.global_step, state.current_epoch, state.timestamp_ns) == (3, 0, 5)
+    assert (state.training_loss, state.validation_loss, state.validation_accuracy) == (0.75, 0.5, 0.25)
+    assert [(s.seed_id, s.stage) for s in state.seeds] == [("early", SeedStage.DORMANT), ("late", SeedStage.DORMANT)]
+    metrics = dict(state.training_metrics)
+    assert metrics["learning_rate"] == pytest.approx(rig.config.optim.lr)
+    assert (metrics["metric/top2"], metrics["boundaries_left"], metrics["conservative"]) == (0.875, 4, 0)
+    assert (metrics["slot_rank/early"], metrics["slot_rank/late"]) == (1, 1)
+    assert metrics["parameters"] == rig.state.parameter_count
+
+
+@pytest.mark.parametrize(
+    ("value", "as_told"),
+    [(math.nan, MAX_MEASUREMENT), (math.inf, MAX_MEASUREMENT), (-math.inf, -MAX_MEASUREMENT), (1e38, MAX_MEASUREMENT)],
+)
+def test_a_run_that_diverged_can_be_told(rig: Rig, value: float, as_told: float) -> None:
+    state = told(rig, Report(value, value, 0.0, {"top2": value}))
+    assert (state.training_loss, state.validation_loss) == (as_told, as_told)
+    # A further metric that is no number is left out, one that is too large is cut.
+    assert dict(state.training_metrics).get("metric/top2") == (as_told if math.isfinite(value) else None)
+
+
+def test_a_seed_that_diverged_can_be_told(rig: Rig) -> None:
+    rig.grow("early", SeedStage.SHADOWING)
+    evidence = rig.state.kasmina.seeds["early"].evidence
+    evidence.gradient_norms = [1e38]
+    evidence.loss_without, evidence.loss_with = 0.0, 1e38
+    seed = told(rig, HEALTHY).seeds[0]
+    assert seed.gradient_norm == MAX_MEASUREMENT
+    assert seed.metrics["contribution"] == -MAX_MEASUREMENT
+
+
+def test_the_losses_of_the_last_boundaries_travel_newest_first(rig: Rig) -> None:
+    client = Recorder()
+    asking = coordinator(rig, client)
+    for number in range(LOSS_HISTORY + 3):
+        rig.state.boundary += 1
+        asking.exchange(Report(0.0, float(number), 0.0))
+    metrics = client.asked[-1].state.training_metrics
+    history = [metrics[f"loss_history/{back}"] for back in range(1, LOSS_HISTORY + 1)]
+    assert history == [float(LOSS_HISTORY + 1 - back) for back in range(LOSS_HISTORY)]
+    assert f"loss_history/{LOSS_HISTORY + 1}" not in metrics
+
+
+def test_a_restart_does_not_forget_a_dead_policy_nor_what_it_must_still_be_told(rig: Rig) -> None:
+    client = Recorder()
+    before = coordinator(rig, client)
+    rig.state.boundary += 1
+    before.exchange(HEALTHY)
+    client.failure = "timeout"
+    for _ in range(TamiyoConfig().breaker_failures):
+        rig.state.boundary += 1
+        before.exchange(HEALTHY)
+    assert client.deadlines_ms == [TamiyoConfig().deadline_ms] * 4
+
+    again = Recorder()
+    after = coordinator(rig, again)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    for _ in range(TamiyoConfig().breaker_rest):
+        rig.state.boundary += 1
+        after.exchange(HEALTHY)
+    assert again.asked == []
+    rig.state.boundary += 1
+    after.exchange(HEALTHY)
+    assert again.deadlines_ms == [TamiyoConfig().probe_deadline_ms]
+    assert again.asked[0].state.training_metrics["loss_history/4"] == 0.5
+
+
+def test_without_a_policy_every_boundary_decides_no_change(rig: Rig) -> None:
+    applied = coordinator(rig, None).exchange(HEALTHY)
+    assert (applied.decision.source, applied.decision.reason, applied.outcomes) == ("policy", "no_policy", [])
+    assert rig.state.mode.name == "normal"
