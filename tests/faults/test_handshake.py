@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -215,7 +216,7 @@ def two_ranks() -> Iterator[RankPool]:
         yield pool
 
 
-def run_on_two_ranks(pool: RankPool, folder: Path, **tamiyo: object) -> Ran:
+def run_on_two_ranks(pool: RankPool, folder: Path, **tamiyo: Any) -> Ran:
     ran = Ran(folder, max(pool.run("tests.faults.handshake_run:job", folder=str(folder), **tamiyo)))
     assert (ran.summary["outcome"], ran.summary["world_size"]) == ("finished", 2)
     assert len(ran.summary["state_digest"]) == 2
