@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tests.isolation import Leaky, Trace, differences, trace
 from tests.rig import Rig, same_bits, tiny_config
+from tolaria.kasmina import blueprints
+from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import SeedStage
 from tolaria.tamiyo import policy as do
@@ -20,13 +22,15 @@ SIGNALS = ("shadow", "straight_through")
 Change = Callable[[Rig], None]
 
 
-def run(folder: Path, signal: str, change: Change | None, *, accumulation: int = 1) -> list[Trace]:
+def run(
+    folder: Path, signal: str, change: Change | None, *, accumulation: int = 1, blueprint: str = "residual_mlp"
+) -> list[Trace]:
     """The host's traces after a seed entered TRAINING and ``change`` was made to it; None: without any seed."""
     config = tiny_config(signal=signal, accumulation=accumulation)
     folder.mkdir(exist_ok=True)
     with Rig.build(folder, config=config, dropout=0.3, batch_norm=True) as rig:
         rig.train(2)
-        for command in (do.germinate("early", "residual_mlp"), do.start_training("early")):
+        for command in (do.germinate("early", blueprint), do.start_training("early")):
             applied = rig.boundary(*([command] if change is not None else []))
             assert all(outcome.applied for outcome in applied.outcomes), applied.outcomes
             rig.train(1)
@@ -78,6 +82,24 @@ def test_the_host_runs_as_without_a_seed(tmp_path: Path, without: list[Trace], s
 def test_also_over_several_microbatches(tmp_path: Path, signal: str) -> None:
     alone = run(tmp_path / "alone", signal, None, accumulation=3)
     assert differences(run(tmp_path / "grown", signal, other_weights, accumulation=3), alone) == []
+
+
+@pytest.mark.usefixtures("noisy_blueprint")
+def test_a_seed_with_dropout_draws_apart_from_the_host_or_is_refused(tmp_path: Path, without: list[Trace]) -> None:
+    assert differences(run(tmp_path, "shadow", as_built, blueprint="noisy"), without) == []
+    with Rig.build(tmp_path, config=tiny_config(signal="straight_through")) as rig:
+        outcome = rig.boundary(do.germinate("early", "noisy")).outcomes[0]
+        assert (outcome.applied, outcome.code) == (False, "random_stream")
+
+
+@pytest.fixture
+def noisy_blueprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blueprint "noisy" with dropout inside."""
+
+    def build(shape: tuple[int, ...]) -> nn.Module:
+        return nn.Sequential(nn.Linear(shape[-1], shape[-1]), nn.Dropout(0.5))
+
+    monkeypatch.setitem(blueprints._BLUEPRINTS, "noisy", Blueprint("noisy", frozenset({1}), build, ""))
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

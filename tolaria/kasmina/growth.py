@@ -12,18 +12,26 @@ from tolaria.kasmina.blueprints import get_blueprint
 from tolaria.kasmina.lifecycle import HOLDS_SEED
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Active, Blend, Frozen, StraightThrough
-from tolaria.leyline.types import SeedStage
+from tolaria.leyline.types import SeedCommand, SeedOp, SeedStage
 
 GRAFT_PARAMETERS = ("blend_steps",)
 
 
 def build_seed(
-    blueprint_id: str, slot: str, shape: tuple[int, ...], *, run_seed: int, command_id: str, device: torch.device
+    blueprint_id: str,
+    slot: str,
+    shape: tuple[int, ...],
+    *,
+    run_seed: int,
+    command_id: str,
+    device: torch.device,
+    silent: bool = False,
 ) -> nn.Module:
     """The blueprint's module for a slot of per-sample ``shape``, made on the CPU and moved to ``device``.
 
     Its weights depend only on run seed and command id, so they are the same on every rank; no global generator moves.
-    Raises CommandRefused for an unknown blueprint, a shape it does not take or keep, or one that fails.
+    Raises CommandRefused for an unknown blueprint, a shape it does not take or keep, one that fails, and with
+    ``silent`` for a module that draws random numbers when it runs.
     """
     blueprint = get_blueprint(blueprint_id)
     if len(shape) not in blueprint.ranks:
@@ -35,13 +43,21 @@ def build_seed(
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         try:
             module = blueprint.build(shape)
+            stream = torch.get_rng_state()
             with torch.no_grad():
                 out_shape = tuple(module(torch.zeros(2, *shape)).shape[1:])
+            drew = not torch.equal(torch.get_rng_state(), stream)
             module = module.to(device)
         except Exception as error:  # the user's code, or a device without room: the run must outlive it
             raise CommandRefused("blueprint_failed", f"blueprint {blueprint_id!r}: {error}") from error
     if out_shape != shape:
         raise CommandRefused("shape", f"blueprint {blueprint_id!r} maps {shape} to {out_shape}")
+    if silent and drew:
+        raise CommandRefused(
+            "random_stream",
+            f"blueprint {blueprint_id!r} draws random numbers (dropout?), which the host's would follow with "
+            "kasmina.signal=straight_through; choose shadow",
+        )
     return module
 
 
@@ -67,8 +83,15 @@ def learns(seed: Seed, config: KasminaConfig) -> bool:
     return seed.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
 
 
-def check_graft_parameters(parameters: Mapping[str, float]) -> None:
-    """Raise CommandRefused for a parameter that START_GRAFTING does not know or a value out of range."""
+def check_operation(payload: SeedCommand, seed: Seed) -> None:
+    """Raise CommandRefused for what the table of moves can not say: fine-tuning twice, a blend of no length."""
+    if payload.operation == SeedOp.FINE_TUNE and seed.fine_tuning:
+        raise CommandRefused("already_fine_tuning", f"the seed in {seed.slot} is being fine-tuned already")
+    if payload.operation == SeedOp.START_GRAFTING:
+        _check_graft_parameters(payload.parameters)
+
+
+def _check_graft_parameters(parameters: Mapping[str, float]) -> None:
     unknown = sorted(set(parameters) - set(GRAFT_PARAMETERS))
     if unknown:
         raise CommandRefused("unknown_parameter", f"START_GRAFTING takes {GRAFT_PARAMETERS}, not {unknown}")

@@ -13,7 +13,7 @@ from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.kasmina import gates
 from tolaria.kasmina.gates import Evidence, GateResult
-from tolaria.kasmina.growth import build_seed, check_graft_parameters, form_for, learns
+from tolaria.kasmina.growth import build_seed, check_operation, form_for, learns
 from tolaria.kasmina.lifecycle import Move, after_boundary, move
 from tolaria.kasmina.seed import NormRing, Seed
 from tolaria.kasmina.slot import Gauge, HostOnly, Slot
@@ -95,13 +95,12 @@ class Kasmina:
             known = ", ".join(self.seeds) or "none"
             raise CommandRefused("unknown_seed", f"no slot {command.target_seed_id!r}; slots: {known}")
         found = move(seed.stage, payload.operation)
-        if payload.operation == SeedOp.FINE_TUNE and seed.fine_tuning:
-            raise CommandRefused("already_fine_tuning", f"the seed in {seed.slot} is being fine-tuned already")
+        check_operation(payload, seed)
         module = None
         if payload.operation == SeedOp.GERMINATE:
-            module = self._build(seed, payload.blueprint_id, command.command_id)
-        if payload.operation == SeedOp.START_GRAFTING:
-            check_graft_parameters(payload.parameters)
+            # A straight-through seed runs between the host's layers, and its random numbers would be among theirs.
+            silent = self.config.signal == "straight_through"
+            module = self._build(seed, payload.blueprint_id, command.command_id, silent=silent)
         result = self._judge(found, seed, module, already_planned)
         if result is not None and not result.ok:
             raise CommandRefused(result.gate.name.lower(), f"gate {result.gate.name}: {result.reason}")
@@ -278,10 +277,11 @@ class Kasmina:
         if seed.module is not None:
             seed.module.requires_grad_(learns(seed, self.config))
 
-    def _build(self, seed: Seed, blueprint_id: str, command_id: str) -> nn.Module:
+    def _build(self, seed: Seed, blueprint_id: str, command_id: str, *, silent: bool = False) -> nn.Module:
         return build_seed(
-            blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id, device=self.device
-        )
+            blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id, device=self.device,
+            silent=silent,
+        )  # fmt: skip
 
     def _judge(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
         """The word of the gate before a move; None where there is no gate."""
