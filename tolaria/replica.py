@@ -9,6 +9,7 @@ A parameter added to a module after DDP wrapped it is silently never reduced, so
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tolaria.errors import TaskError
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
 from tolaria.objective import Batch, Objective
-from tolaria.state import TrainState, buffers_of
+from tolaria.state import TrainState, named_buffers_of
 from tolaria.telemetry.events import EventLog
 
 # The newer name keeps the sync of buffers at construction, the older one is all that torch 2.11 knows.
@@ -49,6 +50,8 @@ class Replica:
         self._ddp: DistributedDataParallel | None = None
         self._wrapped: list[str] = []
         self._warm: set[object] = set()
+        self._moving: set[str] = set()
+        self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
         # One code object serves every structure of the run, so dynamo's own limit is far too low.
         limit = config.compile.structure_limit
         self._limits = torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
@@ -81,6 +84,7 @@ class Replica:
         """
         objective = self.state.objective
         blend = self.config.kasmina.blend
+        self._kept = None
         self.shadows = [(s, make_twin(objective, "slots", s, blend)) for s in self.state.kasmina.shadow_seeds()]  # type: ignore[misc]
         if self.compiled:
             for _, twin in self.shadows:
@@ -98,7 +102,7 @@ class Replica:
         alphas = [name for name, _ in objective.named_buffers() if name.endswith(".form.alpha")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alphas)
         device = self.world.device
-        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: next(buffers_of(self.state), None) is not None}
+        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: next(named_buffers_of(self.state), None) is not None}
         return DistributedDataParallel(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -136,8 +140,24 @@ class Replica:
     def synchronise_buffers(self) -> None:
         """Rank 0's buffers (running statistics) on every rank, as DDP's next forward would make them anyway."""
         if self.world.data_group is not None:
-            for buffer in buffers_of(self.state):
+            for _, buffer in named_buffers_of(self.state):
                 dist.broadcast(buffer, src=0, group=self.world.data_group)
+
+    def keep_buffers(self) -> None:
+        """Copy the buffers that a forward pass moves (running statistics), for `put_back_buffers`. Does not wait."""
+        if self._kept is None:
+            moving = {n: b for n, b in named_buffers_of(self.state) if n in self._moving}
+            # By type, since copies of one type are one kernel.
+            self._kept = {n: (b, torch.empty_like(b)) for n, b in sorted(moving.items(), key=lambda x: str(x[1].dtype))}
+        for _, pairs in groupby(self._kept.values(), key=lambda pair: pair[0].dtype):
+            originals, copies = zip(*pairs, strict=True)
+            torch._foreach_copy_(copies, originals)
+
+    def put_back_buffers(self, prefix: str = "") -> None:
+        """Undo what forward passes did since `keep_buffers` to the buffers whose name begins with ``prefix``."""
+        for name, (buffer, copy) in (self._kept or {}).items():
+            if name.startswith(prefix):
+                buffer.copy_(copy)
 
     # Warm-up
 
@@ -193,7 +213,7 @@ class Replica:
         return _FINE, ""
 
     def _trial(self, batch: Batch) -> None:
-        buffers = [(b, b.clone()) for b in buffers_of(self.state)]
+        buffers = [(name, b, b.clone()) for name, b in named_buffers_of(self.state)]
         try:
             with random_streams_kept(self.world.device):
                 with self._apart():
@@ -205,8 +225,9 @@ class Replica:
         finally:
             for _, parameter in self._trained_parameters():
                 parameter.grad = None
+            self._moving.update(name for name, buffer, kept in buffers if not torch.equal(buffer, kept))
             with torch.no_grad():
-                for buffer, kept in buffers:
+                for _, buffer, kept in buffers:
                     buffer.copy_(kept)
         if missing:
             raise TaskError(

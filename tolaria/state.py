@@ -262,8 +262,8 @@ def seed_rank(run_seed: int, step: int, rank: int) -> None:
     random.seed(digest[12:])
 
 
-def buffers_of(state: TrainState) -> Iterator[Tensor]:
-    """Buffers that a forward pass may change, of host and seeds, in one order on all ranks."""
-    yield from (b for _, b in sorted(state.host_buffers.items()))
+def named_buffers_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a forward pass may change, of host and seeds, by name and in one order on all ranks."""
+    yield from sorted(state.host_buffers.items())
     for seed in state.kasmina.seeds.values():
-        yield from (b for _, b in sorted(seed.named_buffers().items()))
+        yield from sorted(seed.named_buffers().items())

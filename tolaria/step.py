@@ -45,6 +45,7 @@ class TrainStep:
 
     def __call__(self, group: Sequence[Batch]) -> StepResult:
         """``group``: the microbatches of this step on the device, at least one."""
+        self.replica.keep_buffers()
         with torch.autograd.set_detect_anomaly(True) if self.debug else nullcontext():
             loss = self._backward(group)
         host = _gradients(self.state.host_parameters.values())
@@ -96,6 +97,7 @@ class TrainStep:
     def _drop(self, seed: Seed) -> None:
         for parameter in seed.named_parameters().values():
             parameter.grad = None
+        self.replica.put_back_buffers(f"{seed.group}/")
         self.events.emit("seed_gradient_not_finite", "warning", seed=seed.slot)
 
     def _update(self, taken: bool) -> None:
@@ -105,6 +107,8 @@ class TrainStep:
                 self.events.emit("lr_violation", "error", **violation._asdict())
             state.scaler.step(state.optimizer)
         else:
+            # What made the gradient bad is in the running statistics too, and would stay there.
+            self.replica.put_back_buffers()
             self.events.emit("step_skipped", "warning", reason="the reduced gradient is not finite")
         if state.scaler.is_enabled():
             state.scaler.update()
