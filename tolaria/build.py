@@ -113,16 +113,7 @@ def _assemble(
         seed_rank(config.run.seed, state.step, world.global_rank)
     else:
         load_rng_tensors(loaded.local_tensors, world.device)
-
-    def sample() -> Batch:
-        size = dataset_size(task.train, "training")
-        indices = [i % size for i in range(config.train.batch_size)]
-        # Data may be read with random changes; a trial batch must not move the streams that training draws from.
-        streams = rng_tensors(world.device)
-        batch = next(iter(loader.batches(task.train, [(indices, [1.0 / len(indices)] * len(indices))])))
-        load_rng_tensors(streams, world.device)
-        return batch
-
+    sample = _sampling(loader, config.train.batch_size)
     coordinator = _coordinator(config, state, replica, world, run, events, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
     replica.warm_up(sample())
@@ -170,6 +161,21 @@ def _load(run: RunDir, world: World, events: EventLog, progress: Progress) -> Lo
                     saved_world_size=loaded.world_size, local_state=loaded.local_meta is not None)  # fmt: skip
         progress.note(f"{loaded.path.name} of {loaded.path.parent.parent}", label="resumed")
     return loaded
+
+
+def _sampling(loader: Loader, batch_size: int) -> Callable[[], Batch]:
+    """What gives a batch to try a structure with."""
+
+    def sample() -> Batch:
+        size = dataset_size(loader.task.train, "training")
+        indices = [i % size for i in range(batch_size)]
+        # Data may be read with random changes; a trial batch must not move the streams that training draws from.
+        streams = rng_tensors(loader.device)
+        batch = next(iter(loader.batches(loader.task.train, [(indices, [1.0 / len(indices)] * len(indices))])))
+        load_rng_tensors(streams, loader.device)
+        return batch
+
+    return sample
 
 
 def _coordinator(

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tolaria.config import DataConfig
 from tolaria.errors import TaskError
 from tolaria.objective import Batch
-from tolaria.task import Task, in_words
+from tolaria.task import Task, users_code
 
 Plan = list[tuple[list[int], list[float]]]
 
@@ -152,13 +152,9 @@ class Loader:
         return self._ahead(on_host) if self._stream is not None else on_host
 
     def _loaded(self, loader: DataLoader[Any], plan: Plan) -> Iterator[Batch]:
-        try:
+        with users_code("loading the task's data"):
             for item, (_, weights) in zip(loader, plan, strict=True):
                 yield self._pair(item, weights)
-        except TaskError:
-            raise
-        except Exception as error:  # the user's dataset and collate: anything may come out of them
-            raise TaskError(f"the task's data could not be loaded: {in_words(error)}") from error
 
     def _pair(self, item: Any, weights: list[float]) -> Batch:
         if not (isinstance(item, (tuple, list)) and len(item) == 2):

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from tolaria.data import Loader, Plan, dataset_size, validation_plan
 from tolaria.dist import World
-from tolaria.errors import TaskError
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Gauge
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import weighted_sums
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
-from tolaria.task import Task, in_words
+from tolaria.task import Task, users_code
 from tolaria.telemetry.meters import Meters
 
 TRAIN_METERS = ("loss",)
@@ -63,14 +62,8 @@ class Evaluator:
         Local; the user's data may move the random generators. Raises TaskError for whatever model, loss, accuracy or a
         metric raises, and for results of a wrong form.
         """
-        try:
+        with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
-        except TaskError:
-            raise
-        except Exception as error:  # the user's code: anything may come out of it, and it ends the start
-            if self.replica.config.train.debug:
-                raise
-            raise TaskError(f"validating a batch failed: {in_words(error)}") from error
 
     def measure(self, train: Meters) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.

@@ -17,7 +17,7 @@ from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
 from tolaria.replica import evaluating
 from tolaria.state import HOST_GROUP, TrainState
-from tolaria.task import Task, in_words
+from tolaria.task import Task, users_code
 
 MAX_OBSERVED = 200
 """Slots and metrics together: as many as a packet to the policy has room for."""
@@ -73,15 +73,8 @@ def _probe(
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """The per-sample shape at every slot, from one forward pass over two samples."""
     batch = next(iter(loader.batches(loader.task.train, [([0, 0], [0.5, 0.5])])))
-    with evaluating(objective):
-        try:
-            return probe_shapes(slots, lambda: objective.model(batch.inputs))
-        except TaskError:
-            raise
-        except Exception as error:  # the user's model: anything may come out of it, and it ends the start
-            if debug:
-                raise
-            raise TaskError(f"the model failed on a batch: {in_words(error)}") from error
+    with evaluating(objective), users_code("the model, run on two samples,", debug=debug):
+        return probe_shapes(slots, lambda: objective.model(batch.inputs))
 
 
 def _check_metrics(task: Task, num_slots: int) -> None:

@@ -6,7 +6,8 @@ after the random generators were seeded alike, so that all ranks build the same 
 
 import importlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,31 @@ class Task:
 
 def in_words(error: BaseException) -> str:
     """What a user's code raised, on one line: type, text, and the user's line that led to it."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        # From a loader process: torch puts the whole stack of that process into the message; its last line says it all.
+        return text.rpartition("\n")[2]
     own = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    text = " ".join(str(error).split())
+    text = " ".join(text.split())
     return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
+
+
+@contextmanager
+def users_code(what: str, *, debug: bool = False) -> Iterator[None]:
+    """For calls of the user's code: whatever comes out is raised as TaskError that says what was being done.
+
+    With ``debug`` it comes out as it is, with its stack.
+    """
+    try:
+        yield
+    except TaskError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        raise TaskError(f"{what} raised {in_words(error)}") from error
 
 
 def import_object(path: str, key: str) -> Any:
@@ -60,10 +81,8 @@ def import_object(path: str, key: str) -> Any:
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
         raise TaskError(f"{key}={path!r}: expected package.module:name")
-    try:
+    with users_code(f"{key}={path!r}: importing {module_name}"):
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code: anything may come out of it, and it ends the start
-        raise TaskError(f"{key}={path!r}: cannot import {module_name} ({in_words(error)})") from error
     if not hasattr(module, attribute):
         raise TaskError(f"{key}={path!r}: module {module_name} has no {attribute!r}")
     return getattr(module, attribute)
@@ -78,10 +97,8 @@ def load_task(factory: str | Callable[..., Task], args: Mapping[str, Any], seed:
     path = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
     factory = import_object(factory, "task.factory") if isinstance(factory, str) else factory
     torch.manual_seed(seed)
-    try:
+    with users_code(f"task.factory={path!r}"):
         task = factory(**args)
-    except Exception as error:  # the user's code: anything may come out of it, and it ends the start
-        raise TaskError(f"task.factory={path!r} raised {in_words(error)}") from error
     if not isinstance(task, Task):
         raise TaskError(f"task.factory={path!r} returned {type(task).__name__}; expected tolaria.Task")
     return task

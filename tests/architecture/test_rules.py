@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 60
 # (module, function) -> why anything at all may come out of the call, and what happens to it.
 BROAD_HANDLERS = {
     ("kasmina/growth.py", "build_seed"): "the user's blueprint; reported as CommandRefused with its cause",
-    ("task.py", "load_task"): "the user's factory; reported as TaskError with its cause",
+    ("task.py", "users_code"): "the user's task, model and data; reported as TaskError with its cause",
     ("tamiyo/desk.py", "Desk._decide"): "the user's policy; logged, and answered without commands",
     ("tamiyo/policies/__init__.py", "_import_class"): "the user's module; reported as ConfigError with its cause",
     ("tamiyo/policies/__init__.py", "_make"): "the user's policy class; reported as ConfigError with its cause",

@@ -17,14 +17,14 @@ from tolaria.recovery.fsops import FileOps
 from tolaria.telemetry.events import read_events
 
 EPOCHS = 9
-DEADLINE_MS = 300
-PROBE_DEADLINE_MS = 200
+DEADLINE_MS = 600
+PROBE_DEADLINE_MS = 400
 
 
 def run_config(folder: Path, *, epochs: int = EPOCHS, kasmina: dict[str, Any] | None = None, **tamiyo: Any) -> Config:
     """One boundary per epoch of 6 steps, eager, a slot inside the model and one attached by path, dropout on."""
     base = tiny_config(batch_size=8, **(kasmina or {}))
-    waits = {"deadline_ms": DEADLINE_MS, "resend_ms": 100, "probe_deadline_ms": PROBE_DEADLINE_MS}
+    waits = {"deadline_ms": DEADLINE_MS, "resend_ms": 200, "probe_deadline_ms": PROBE_DEADLINE_MS}
     return replace(
         base,
         run=RunConfig(name="handshake", dir=str(folder), seed=3),

@@ -42,7 +42,7 @@ from tolaria.tamiyo.policy import with_identity
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_OF_THE_DYING = 9
-LATE_S = 0.45
+LATE_S = 0.9
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "two_slots": ("two slots", "'here'"),
     "frozen": ("no parameter that requires a gradient",),
     "idle_layer": ("idle.weight", "idle.bias", "requires_grad_(False)"),
-    "model_mismatch": ("RuntimeError", "cannot be multiplied"),
+    "model_mismatch": ("the model", "RuntimeError", "cannot be multiplied"),
     "train_empty": ("training data is empty",),
     "validation_empty": ("validation data is empty",),
     "train_endless": ("training data has no len()", "map-style"),
@@ -229,6 +229,13 @@ def test_a_mistake_in_the_task_is_told_on_one_line(
     assert list((run / "ckpt").iterdir()) == []
 
 
+def test_a_mistake_in_a_loader_process_is_told_on_one_line(tmp_path: Path) -> None:
+    ended = launch(*flags(run__dir=str(tmp_path / "run"), task__args__mistake="train_broken", data__num_workers="1"))
+    told = Told(ended.returncode, ended.stderr)
+    assert_one_line(told, 2, "loading the task's data raised OSError: sample", "cannot be read")
+    assert "Traceback" not in told.stderr
+
+
 def test_a_start_that_failed_does_not_hinder_the_next_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert start(capsys, flags(run__dir=str(run), task__args__mistake="accuracy_mean")).code == 2
@@ -245,11 +252,11 @@ def test_in_debug_mode_the_model_s_error_comes_with_its_stack(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("nowhere.at_all:make_task", ("nowhere.at_all", "cannot import", "ModuleNotFoundError")),
+        ("nowhere.at_all:make_task", ("importing nowhere.at_all", "ModuleNotFoundError")),
         ("tests.integration.user_task:make_nothing", ("has no 'make_nothing'",)),
         ("tests.integration.user_task", ("expected package.module:name",)),
         ("tests.integration.user_task:SAMPLES", ("TypeError", "not callable")),
-        ("broken_module:make_task", ("cannot import broken_module", "NameError", "broken_module.py, line 1")),
+        ("broken_module:make_task", ("importing broken_module", "NameError", "broken_module.py, line 1")),
     ],
 )
 def test_a_task_that_is_not_there_is_named(
