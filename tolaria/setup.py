@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import torch
+from torch import nn
 
 from tolaria.config import Config, OptimConfig, TrainConfig
 from tolaria.data import EpochSampler, Loader, dataset_size
@@ -32,6 +33,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     if not host_parameters:
         raise TaskError("the task's model has no parameter that requires a gradient")
     _check_metrics(task, len(slots))
+    _check_loss(task)
     size = dataset_size(task.train, "training")
     objective = Objective(task, slots)
     shapes = _probe(objective, slots, loader, debug=config.train.debug)
@@ -75,6 +77,15 @@ def _probe(
     batch = next(iter(loader.batches(loader.task.train, [([0, 0], [0.5, 0.5])])))
     with evaluating(objective), users_code("the model, run on two samples,", debug=debug):
         return probe_shapes(slots, lambda: objective.model(batch.inputs))
+
+
+def _check_loss(task: Task) -> None:
+    if isinstance(task.loss, nn.Module):
+        learned = [name for name, p in task.loss.named_parameters() if p.requires_grad]
+        if learned:
+            raise TaskError(
+                f"the task's loss has parameters of its own ({', '.join(learned[:3])}); move them to the model"
+            )
 
 
 def _check_metrics(task: Task, num_slots: int) -> None:

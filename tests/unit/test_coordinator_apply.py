@@ -369,3 +369,9 @@ def test_sixty_four_commands_are_each_answered(rig: Rig) -> None:
     applied = carry_out(rig, signed(*[do.pause()] * 64))
     assert len(applied.outcomes) == 64
     assert {outcome.code for outcome in applied.outcomes} == {"unsupported"}
+
+
+def test_a_second_command_of_one_id_is_refused_under_a_name_of_its_own(rig: Rig) -> None:
+    twice = [*signed(do.scale_lr("host", 0.5)), *signed(do.scale_lr("host", 0.5))]
+    applied = carry_out(rig, twice)
+    assert codes(applied) == {"c0": "applied", f"boundary-{rig.state.boundary}-1": "duplicate_id"}

@@ -191,6 +191,7 @@ def test_a_blend_of_no_length_is_refused(steps: float) -> None:
 def test_unknown_graft_parameters_slots_and_payloads_are_refused() -> None:
     cases = [
         (command(SeedOp.START_GRAFTING, speed=2.0), "unknown_parameter"),
+        (command(SeedOp.CULL, blend_steps=2.0), "unknown_parameter"),
         (command(SeedOp.GERMINATE, slot="elsewhere"), "unknown_seed"),
         (with_identity(do.scale_lr("host", 0.5), "c1", issued_by="test", issued_at_ns=1), "wrong_payload"),
     ]

@@ -201,7 +201,6 @@ boundary = 3
 op = "germinate"
 slot = "mid"
 blueprint = "residual_mlp"
-parameters = { hidden = 32, scale = 0.5 }
 reason = "third boundary"
 
 [[command]]
@@ -214,6 +213,12 @@ factor = 0.5
 boundary = 4
 op = "cull"
 slot = "mid"
+
+[[command]]
+boundary = 4
+op = "start_grafting"
+slot = "top"
+blend_steps = 40
 
 [[command]]
 boundary = 5
@@ -247,12 +252,10 @@ def test_a_script_gives_each_command_at_its_boundary_and_only_then(tmp_path: Pat
     germinate, scale = played[3]
     assert germinate.target_seed_id == "mid"
     assert germinate.reason == "third boundary"
-    parameters = {"hidden": 32, "scale": 0.5}
-    assert germinate.payload == SeedCommand(
-        operation=SeedOp.GERMINATE, blueprint_id="residual_mlp", parameters=parameters
-    )
+    assert germinate.payload == SeedCommand(operation=SeedOp.GERMINATE, blueprint_id="residual_mlp")
     assert scale.payload == OptimizerCommand(optimizer_id="host*", hyperparameters={"lr_scale": 0.5})
     assert played[4][0].payload == SeedCommand(operation=SeedOp.CULL)
+    assert played[4][1].payload == SeedCommand(operation=SeedOp.START_GRAFTING, parameters={"blend_steps": 40.0})
     assert played[5][0].payload == RollbackCommand(target="good", step=-1, reason="script")
     assert played[6][0].payload == RollbackCommand(target="step", step=40, reason="script")
     assert played[7][0].payload == BreakerCommand(desired_state=CircuitState.OPEN, rationale="script")
@@ -278,10 +281,8 @@ def test_a_script_gives_each_command_at_its_boundary_and_only_then(tmp_path: Pat
         ('[[command]]\nboundary = 1\nop = "pause"\nslot = "a"', "unknown key 'slot'"),
         ('[[command]]\nboundary = 1\nop = "cull"\nslot = "a b"', "target_seed_id"),
         ('[[command]]\nboundary = 1\nop = "scale_lr"\ngroup = "host"\nfactor = nan', "lr_scale"),
-        (
-            '[[command]]\nboundary = 1\nop = "germinate"\nslot = "a"\nblueprint = "b"\nparameters = {c = "d"}',
-            r"parameters\.c='d'",
-        ),
+        ('[[command]]\nboundary = 1\nop = "start_grafting"\nslot = "a"\nblend_steps = "9"', "blend_steps='9'"),
+        ('[[command]]\nboundary = 1\nop = "cull"\nslot = "a"\nblend_steps = 9', "unknown key 'blend_steps'"),
     ],
 )
 def test_a_bad_script_is_refused_at_once_with_file_and_fault(text: str, said: str, tmp_path: Path) -> None:

@@ -108,10 +108,15 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
     breakers: list[BreakerCommand] = []
     accepted: list[Command] = []
     touched: set[str] = set()
+    ids: set[str] = set()
     for position, raw in enumerate(decision.commands):
         command = None
         try:
             command = decode_command(raw)
+            if command.command_id in ids:
+                command = None  # its outcome must not be taken for that of the command which has the id
+                raise CommandRefused("duplicate_id", "another command of this reply has the same command_id")
+            ids.add(command.command_id)
             _check_command(command, state, touched)
             if command.command_type == CommandType.SEED:
                 planned = sum(p.numel() for m in moves if m.module is not None for p in m.module.parameters())

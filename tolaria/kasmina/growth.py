@@ -1,7 +1,6 @@
 """How a seed is made, and which form a stage gives it: functions of blueprint, slot and configuration."""
 
 import hashlib
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -87,14 +86,15 @@ def check_operation(payload: SeedCommand, seed: Seed) -> None:
     """Raise CommandRefused for what the table of moves can not say: fine-tuning twice, a blend of no length."""
     if payload.operation == SeedOp.FINE_TUNE and seed.fine_tuning:
         raise CommandRefused("already_fine_tuning", f"the seed in {seed.slot} is being fine-tuned already")
-    if payload.operation == SeedOp.START_GRAFTING:
-        _check_graft_parameters(payload.parameters)
+    _check_parameters(payload)
 
 
-def _check_graft_parameters(parameters: Mapping[str, float]) -> None:
-    unknown = sorted(set(parameters) - set(GRAFT_PARAMETERS))
+def _check_parameters(payload: SeedCommand) -> None:
+    known = GRAFT_PARAMETERS if payload.operation == SeedOp.START_GRAFTING else ()
+    unknown = sorted(set(payload.parameters) - set(known))
     if unknown:
-        raise CommandRefused("unknown_parameter", f"START_GRAFTING takes {GRAFT_PARAMETERS}, not {unknown}")
-    steps = parameters.get("blend_steps", 1.0)
+        takes = ", ".join(known) or "no parameters"
+        raise CommandRefused("unknown_parameter", f"{payload.operation.name} takes {takes}, not {', '.join(unknown)}")
+    steps = payload.parameters.get("blend_steps", 1.0)
     if not (1 <= steps <= 1_000_000 and float(steps).is_integer()):
         raise CommandRefused("bad_parameter", f"blend_steps={steps}: expected a whole number from 1 to 1000000")

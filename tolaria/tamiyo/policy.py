@@ -86,9 +86,9 @@ def seed_command(
     )
 
 
-def germinate(slot: str, blueprint: str, *, reason: str = "", **parameters: float) -> Command:
-    """Build a seed of a blueprint in a DORMANT slot; ``parameters`` are handed to the blueprint."""
-    return seed_command(SeedOp.GERMINATE, slot, blueprint=blueprint, parameters=parameters, reason=reason)
+def germinate(slot: str, blueprint: str, *, reason: str = "") -> Command:
+    """Build a seed of a blueprint in a DORMANT slot."""
+    return seed_command(SeedOp.GERMINATE, slot, blueprint=blueprint, reason=reason)
 
 
 def start_training(slot: str, *, reason: str = "") -> Command:
@@ -96,9 +96,10 @@ def start_training(slot: str, *, reason: str = "") -> Command:
     return seed_command(SeedOp.START_TRAINING, slot, reason=reason)
 
 
-def start_grafting(slot: str, *, reason: str = "") -> Command:
-    """TRAINING to BLENDING: alpha goes from 0 to 1 over the following optimizer steps."""
-    return seed_command(SeedOp.START_GRAFTING, slot, reason=reason)
+def start_grafting(slot: str, *, blend_steps: int | None = None, reason: str = "") -> Command:
+    """TRAINING to BLENDING: alpha goes from 0 to 1 over ``blend_steps`` optimizer steps (None: as configured)."""
+    parameters = {} if blend_steps is None else {"blend_steps": float(blend_steps)}
+    return seed_command(SeedOp.START_GRAFTING, slot, parameters=parameters, reason=reason)
 
 
 def stabilize(slot: str, *, reason: str = "") -> Command:

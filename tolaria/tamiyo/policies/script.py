@@ -10,7 +10,6 @@ order of the file:
     op = "germinate"
     slot = "middle"
     blueprint = "residual_mlp"
-    parameters = { hidden = 32 }      # optional, numbers handed to the blueprint
     reason = "third boundary"         # optional with every command
 
     [[command]]
@@ -20,8 +19,9 @@ order of the file:
     factor = 0.5
 
     op              further keys
-    germinate       slot, blueprint, parameters (optional)
-    start_training, start_grafting, stabilize, evaluate, fine_tune, fossilize, cull, cancel
+    germinate       slot, blueprint
+    start_grafting  slot, blend_steps (optional: optimizer steps from alpha 0 to 1)
+    start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
     rollback        step (optional; without it: the newest good checkpoint)
@@ -42,10 +42,11 @@ from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
 _NUMBER = (int, float)
 _ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
-_OPTIONAL = frozenset({"reason", "parameters", "step"})
+_OPTIONAL = frozenset({"reason", "blend_steps", "step"})
 _KEYS: dict[str, dict[str, Any]] = {
     **{op.name.lower(): {"slot": str} for op in SeedOp},
-    "germinate": {"slot": str, "blueprint": str, "parameters": dict},
+    "germinate": {"slot": str, "blueprint": str},
+    "start_grafting": {"slot": str, "blend_steps": int},
     "scale_lr": {"group": str, "factor": _NUMBER},
     "rollback": {"step": int},
     "conservative": {"on": bool},
@@ -118,11 +119,12 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
             return do.conservative(entry["on"], reason=reason)
         case "pause":
             return do.pause(reason=reason)
+        case "start_grafting":
+            return do.start_grafting(entry["slot"], blend_steps=entry.get("blend_steps"), reason=reason)
         case _:
             return do.seed_command(
-                SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""),
-                parameters=entry.get("parameters"), reason=reason,
-            )  # fmt: skip
+                SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""), reason=reason
+            )
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
@@ -130,6 +132,3 @@ def _check_type(value: Any, accepted: Any, where: str) -> None:
     # type() and not isinstance: a bool is no number here.
     if type(value) not in kinds:
         raise ConfigError(f"{where}={value!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
-    if isinstance(value, dict):
-        for name, number in value.items():
-            _check_type(number, _NUMBER, f"{where}.{name}")
