@@ -149,10 +149,6 @@ class Job:
         """Until a file is there."""
         self.wait_until(lambda: path.exists() or None, path.name, deadline_s)
 
-    def wait_event(self, kind: str, count: int = 1, deadline_s: float = DEADLINE_S) -> list[dict[str, Any]]:
-        """Until there are ``count`` events of a kind; returns them."""
-        return self.wait_until(lambda: found if len(found := self.events(kind)) >= count else None, kind, deadline_s)
-
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
         """The exit code, negative for a signal. Raises JobFailed when it has not ended by then."""
         try:

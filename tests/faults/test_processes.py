@@ -53,6 +53,7 @@ def flags(folder: Path, *, ranks: int = 2, hold: bool = True, **task: Any) -> li
         "train.epochs": STEPS // STEPS_PER_EPOCH,
         "train.batch_size": 8 // max(ranks, 1),
         "compile.enabled": "false",
+        "dist.device": "cpu",
         "tamiyo.policy": f"script:{folder / 'script.toml'}",
         "kasmina.blend_steps": 15,
         "log.interval_steps": 1,

@@ -95,6 +95,7 @@ def demo() -> Iterator[Demo]:
     terminal = Terminal()
     try:
         user = {"TERM": "xterm-256color", "MAKEFLAGS": "", "MAKELEVEL": "", "COLUMNS": "", "NO_COLOR": ""}
+        user |= {"CUDA_VISIBLE_DEVICES": ""}  # two ranks, also where there is one GPU
         with Job(folder, make, run_dir, environment=user, terminal=terminal.slave) as job:
             code = job.wait(DEADLINE_S)
             left_behind = job.left_behind()
