@@ -205,7 +205,8 @@ def train(
     watch: Watch = lambda indices: None  # noqa: E731
     if stop_step and own_rank() == stop_rank:
         watch = StopAt(indices_of_step(stop_step, accumulation=config.get("accumulation", 1)))
-    summary = build.train(make_config(folder, **config), task=lambda: make_task(watch=watch, **(task or {})))
+    with torch._inductor.config.patch(compile_threads=1):  # no processes of the compiler's own
+        summary = build.train(make_config(folder, **config), task=lambda: make_task(watch=watch, **(task or {})))
     return {
         "outcome": summary.outcome,
         "steps": summary.steps,
@@ -320,12 +321,13 @@ class FullDisk(FileOps):
 
 def train_on_full_disk(folder: str, *, first_step: int, last_step: int, steps: int) -> dict[str, Any]:
     """Train while rank 1 alone cannot write new files from one step to another."""
-    watch: Watch = lambda indices: None  # noqa: E731
-    if own_rank() == 1:
-        FullDisk.full, FullDisk.refused = False, 0
-        watch = Between(
-            first_step, lambda: setattr(FullDisk, "full", True), last_step, lambda: setattr(FullDisk, "full", False)
-        )
+    FullDisk.full, FullDisk.refused = False, 0
+
+    def set_full(full: bool) -> None:
+        FullDisk.full = full and own_rank() == 1
+
+    # The other rank waits for its writer as well, or the save at the next boundary might find it busy.
+    watch = Between(first_step, lambda: set_full(True), last_step, lambda: set_full(False))
     with patch("tolaria.build.FileOps", FullDisk):
         summary = build.train(make_config(folder, steps=steps), task=lambda: make_task(watch=watch))
     return {

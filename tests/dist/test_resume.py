@@ -139,10 +139,9 @@ def compiled(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A compiler without processes of its own, as new afterwards."""
+    """A compiler that is as new afterwards."""
     monkeypatch.setenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", "")  # inductor's own; taken away again afterwards
-    with torch._inductor.config.patch(compile_threads=1), torch._dynamo.config.patch():
-        yield
+    yield
     torch._dynamo.reset()
 
 
