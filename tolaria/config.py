@@ -104,7 +104,7 @@ class CompileConfig:
 
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
-    structure_limit: int = doc(64, "model structures kept compiled before further ones run eager")
+    structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:
         require(self.structure_limit >= 8, "compile.structure_limit", self.structure_limit, "8 or more")
