@@ -28,7 +28,7 @@ CHECKPOINT_AFTER_SIGNAL_S = 20.0
 ENDED_AFTER_ERROR_S = 20.0
 SCRIPT = """
 command = [
-    { boundary = 1, op = "germinate", slot = "mid", blueprint = "residual_mlp", parameters = { hidden = 4 } },
+    { boundary = 1, op = "germinate", slot = "mid", blueprint = "residual_mlp" },
     { boundary = 2, op = "start_training", slot = "mid" },
     { boundary = 3, op = "start_grafting", slot = "mid" },
 ]
