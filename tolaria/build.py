@@ -1,6 +1,7 @@
 """The composition root: the only file that knows every class. From a Config to a finished run."""
 
 import os
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -64,7 +65,8 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
             outcome = trainer.run()
             return conclude(outcome, trainer, world, run)
         except TolariaError as error:
-            events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error))
+            trace = "".join(traceback.format_exception(error))[-8000:]
+            events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)
             raise
 
 

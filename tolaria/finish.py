@@ -1,7 +1,6 @@
 """The first and the last thing a person sees of a run, and the summary that stays."""
 
 import os
-from pathlib import Path
 
 from tolaria.config import Config
 from tolaria.dist import World
@@ -12,6 +11,7 @@ from tolaria.rundir import RunDir
 from tolaria.state import TrainState
 from tolaria.telemetry.progress import StartInfo
 from tolaria.telemetry.summary import RunSummary, latency_split, versions, write_summary
+from tolaria.telemetry.words import short_path
 
 
 def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> StartInfo:
@@ -25,7 +25,7 @@ def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> 
             ("model", f"{state.parameter_count:,} parameters, slots: {slots}"),
             ("data", f"{state.sampler.num_samples:,} samples, {state.sampler.steps_per_epoch} steps an epoch"),
             ("policy", config.tamiyo.endpoint or config.tamiyo.policy),
-            ("run", _short(run.path)),
+            ("run", short_path(str(run.path))),
         ],
     )
 
@@ -73,8 +73,8 @@ def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests:
         boundaries=state.boundary,
         latency_ms=latency_split(record.latencies),
         mode=state.mode.name,
-        checkpoint=_short(record.checkpoint) if record.checkpoint else "",
-        resume=_resume_command(world, _short(run.path)),
+        checkpoint=str(record.checkpoint) if record.checkpoint else "",
+        resume=_resume_command(world, short_path(str(run.path))),
         state_digest={rank: digest.hex() for rank, digest in enumerate(digests)},
         counters=counters,
         versions=versions(),
@@ -87,8 +87,3 @@ def _resume_command(world: World, run_dir: str) -> str:
         local_ranks = os.environ.get("LOCAL_WORLD_SIZE", world.world_size)
         start = f"torchrun --nproc_per_node={local_ranks} -m tolaria.launch"
     return f"{start} --config {run_dir}/config.toml --resume {run_dir}"
-
-
-def _short(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

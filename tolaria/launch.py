@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        what = str(error).strip().partition("\n")[0]
+        what = str(error).strip().partition("\n")[0].partition(". ")[0]
         sys.stderr.write(f"tolaria: rank {rank}: lost another rank; that rank's own output says why ({what})\n")
         _leave(PeerLost.exit_code)
     return 0

@@ -17,7 +17,7 @@ from rich.text import Text
 from tolaria.telemetry import report
 from tolaria.telemetry.lines import warn
 from tolaria.telemetry.summary import RunSummary
-from tolaria.telemetry.words import number, percent, printable, short_duration
+from tolaria.telemetry.words import number, percent, printable, short_duration, short_path
 
 Mode: TypeAlias = Literal["auto", "plain", "off"]
 Level: TypeAlias = Literal["info", "warning", "error", "critical"]
@@ -176,7 +176,8 @@ class Progress:
             results.append(("state", report.digest_line(summary.state_digest)))
         styles = {"mode": "yellow", "accuracy": "green" if summary.before_growth else ""}
         commands = [line for command in summary.commands for line in report.command_lines(command)]
-        places = [("run", summary.run_dir), ("checkpoint", summary.checkpoint), ("resume", summary.resume)]
+        paths = [("run", summary.run_dir), ("checkpoint", summary.checkpoint)]
+        places = [*((label, short_path(path)) for label, path in paths), ("resume", summary.resume)]
         self._print(Text())
         self._block(report.headline(summary), results, styles=styles)
         for title, lines in (("Seeds", [report.seed_line(seed) for seed in summary.seeds]), ("Commands", commands)):

@@ -1,6 +1,7 @@
-"""Numbers and foreign text as a terminal shows them. Pure."""
+"""Numbers, paths and foreign text as a terminal shows them. Pure, but for the current folder."""
 
 import math
+import os
 
 
 def number(value: float | None) -> str:
@@ -62,3 +63,9 @@ def printable(text: str, encoding: str) -> str:
     """
     flat = "".join(char if char.isprintable() else " " for char in text)
     return flat.encode(encoding, "replace").decode(encoding)
+
+
+def short_path(path: str) -> str:
+    """A path as a person would type it here: relative where it lies below the current folder."""
+    here = os.getcwd()
+    return os.path.relpath(path, here) if path.startswith(here + os.sep) else path
