@@ -2,6 +2,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,15 +34,17 @@ SUMMARY = RunSummary(
 )  # fmt: skip
 
 
-@pytest.fixture
+@contextmanager
 def no_room() -> Iterator[None]:
-    """Files of this process cannot grow beyond 64 bytes, as on a full disk."""
+    """Files of this process cannot grow beyond 64 bytes, as on a full disk; nor can pytest's own output to a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_the_file_holds_everything_as_json(tmp_path: Path) -> None:
@@ -62,11 +65,10 @@ def test_writing_replaces_the_former_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["steps"] == 1050
 
 
-@pytest.mark.usefixtures("no_room")
 def test_a_write_that_fails_leaves_the_former_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text("old")
-    with pytest.raises(RunDirError, match=r"summary\.json.*cannot be written"):
+    with pytest.raises(RunDirError, match=r"summary\.json.*cannot be written"), no_room():
         write_summary(path, SUMMARY)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
