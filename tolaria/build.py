@@ -137,8 +137,8 @@ def _assemble(
             stop=stop,
         )
     )
-    if loaded is not None and loaded.local_meta is not None:
-        trainer.load_local_meta(loaded.local_meta)
+    if loaded is not None:
+        trainer.load_local_meta(loaded.local_meta, loaded.first_meta)
     record.counters["restarts"] += run.restarted
     return trainer
 

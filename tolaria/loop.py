@@ -223,9 +223,15 @@ class Trainer:
             "record": self.parts.record.state_dict(),
         }
 
-    def load_local_meta(self, saved: dict[str, Any]) -> None:
-        """Take over what this rank saved as its own: the running epoch's loss, rank 0's memory."""
-        self.meters.load_state_dict(saved["meters"])
+    def load_local_meta(self, own: dict[str, Any] | None, first: dict[str, Any]) -> None:
+        """Take over what this rank saved as its own: the running epoch's loss, the record, rank 0's memory.
+
+        ``own`` is None when the run had another number of ranks: the memory of its rank 0 (``first``) then serves all,
+        and only the loss of the running epoch begins anew.
+        """
+        if own is not None:
+            self.meters.load_state_dict(own["meters"])
+        saved = own if own is not None else first
         self._last_boundary_step = int(saved["last_boundary_step"])
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])

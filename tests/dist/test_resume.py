@@ -1,5 +1,6 @@
 """A run that is stopped in the middle of an epoch and continued ends bit-equal to one that was not stopped."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -210,6 +211,11 @@ def test_a_grown_model_continues_on_another_number_of_ranks(two: Train, script: 
     stop(two, tmp_path / "run", "blending", stop_rank=1)
     told = jobs.train(str(tmp_path / "run"), script=script, resume=True, steps=STEPS)
     assert (told["outcome"], told["steps"], told["stages"]) == ("finished", STEPS, AT_THE_END)
+    # What rank 0 knew of the commands before the stop is not lost with the other rank.
+    told_of = [c["what"] for c in json.loads((tmp_path / "run" / "summary.json").read_text())["commands"]]
+    applied = [event["what"] for event in read_events(tmp_path / "run" / "events.jsonl", "command_applied")]
+    assert told_of == applied
+    assert any("start grafting" in what for what in told_of)
 
 
 # Damaged checkpoints

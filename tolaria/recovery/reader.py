@@ -38,7 +38,8 @@ class Loaded:
     """A verified checkpoint. Tensors are fresh CPU tensors that belong to the caller.
 
     world_size: of the run that saved it. local_tensors, local_meta: what this rank saved as its own, None when
-    that run had another number of ranks. state_digest: of step, replicated tensors and metadata, as saved.
+    that run had another number of ranks; first_meta: what its rank 0 saved, in any case. state_digest: of step,
+    replicated tensors and metadata, as saved.
     """
 
     seq: int
@@ -53,6 +54,7 @@ class Loaded:
     meta: dict[str, Any]
     local_tensors: dict[str, Tensor] | None
     local_meta: dict[str, Any] | None
+    first_meta: dict[str, Any]
 
 
 def load_path(path: Path, peers: Peers, fs: FileOps) -> Loaded:
@@ -160,13 +162,15 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     own: dict[str, Tensor] | None = None
     meta: dict[str, Any] | None = None
     local_meta: dict[str, Any] | None = None
+    first_meta: dict[str, Any] = {}
     same_world = manifest.world_size == peers.world_size
     for rank in range(manifest.world_size):
         shard = _shard(path, rank, manifest, fs)
         local = {n.removeprefix(LOCAL): shard.pop(n) for n in list(shard) if n.startswith(LOCAL)}
         tensors |= _replicated(shard, tensors, path / layout.shard_name(rank))
         replicated_meta, rank_meta = _state(path, rank, manifest, fs)
-        meta = replicated_meta if rank == 0 else meta
+        if rank == 0:
+            meta, first_meta = replicated_meta, rank_meta
         if same_world and rank == peers.rank:
             own, local_meta = local, rank_meta
     if meta is None or len(tensors) != manifest.num_tensors:
@@ -174,7 +178,7 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     loaded = Loaded(
         seq=manifest.seq, step=manifest.step, path=path, world_size=manifest.world_size, run_id=manifest.run_id,
         generation=manifest.generation, state_digest=manifest.state_digest, versions=manifest.versions,
-        tensors=tensors, meta=meta, local_tensors=own, local_meta=local_meta,
+        tensors=tensors, meta=meta, local_tensors=own, local_meta=local_meta, first_meta=first_meta,
     )  # fmt: skip
     return loaded, hashlib.sha256(raw).digest()
 
