@@ -9,23 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tolaria.config_fields import doc, require
+from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
+
 Scalar: TypeAlias = bool | int | float | str
 
 # Run names and slot names travel as ids in messages, which are ASCII.
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "-_.")
-
-
-def doc(default: Any, text: str) -> Any:
-    """A field with a default and the help text that ``--help`` shows (unit included)."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def require(ok: bool, key: str, value: Any, accepted: str) -> None:
-    """Raise ValueError naming the key, the value and what is accepted, unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{key}={value!r}: expected {accepted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +27,8 @@ class RunConfig:
     dir: str = doc("", "run directory; empty: <root>/<UTC time>-<name>")
     seed: int = doc(0, "seed of weights, sample order and dropout")
     resume: str = doc("no", "no | auto (newest run of this name, or start) | path of a run or checkpoint")
+    allow_fresh: bool = doc(False, "start from nothing when every checkpoint is damaged")
+    accept_changes: bool = doc(False, "resume although task, data, ranks, optimizer or versions are others than saved")
 
     def __post_init__(self) -> None:
         ok = (
@@ -216,18 +208,6 @@ class TamiyoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
-
-    every: int = doc(1, "boundaries between checkpoints; 0: only the last one")
-    keep: int = doc(3, "newest checkpoints to keep")
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
-        require(self.keep >= 2, "checkpoint.keep", self.keep, "2 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DistConfig:
     """Ranks: device, deadlines, threads."""
 
@@ -270,6 +250,8 @@ class Config:
     kasmina: KasminaConfig = field(default_factory=KasminaConfig)
     tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -11,7 +11,11 @@
     |-- CheckpointError      this checkpoint cannot be used; take an older one
     |   `-- CheckpointMismatch  it is sound, but it belongs to another model
     |-- ReplicaMismatch      ranks hold different state; the run must not go on (exit 70)
-    `-- PeerLost             a rank is gone or silent; leave, torchrun restarts (exit 71)
+    |-- PeerLost             a rank is gone or silent; leave, torchrun restarts (exit 71)
+    |-- WalError             the log of decisions cannot be read or written (exit 74)
+    |-- TrainingUnstable     going back did not help; look at data and learning rate (exit 65)
+    |-- CrashLoop            three starts ended at one step; mend the cause, then resume (exit 69)
+    `-- RunHalted            an emergency halted the run; clear it, then resume (exit 69)
 
 The exit codes follow sysexits.h; 0 is a finished run.
 """
@@ -91,3 +95,27 @@ class PeerLost(TolariaError):
     """A collective failed because another rank is gone or silent."""
 
     exit_code = 71
+
+
+class WalError(TolariaError):
+    """The write-ahead log cannot be trusted or written; no decision may take effect any more."""
+
+    exit_code = 74
+
+
+class TrainingUnstable(TolariaError):
+    """Training failed again after every return to an earlier state."""
+
+    exit_code = 65
+
+
+class CrashLoop(TolariaError):
+    """The run died again and again without getting any further."""
+
+    exit_code = 69
+
+
+class RunHalted(TolariaError):
+    """An emergency of the highest level stopped the run until a person clears it."""
+
+    exit_code = 69
