@@ -31,7 +31,7 @@ def _one_step(rig: Rig, *, logits: bool) -> Trace:
     hooks = [state.optimizer.register_step_pre_hook(note_gradients)]
     if logits:
         hooks.append(state.objective.model.register_forward_hook(note_logits))
-    result = rig.step(rig.batches())
+    result = rig.take_step()
     for hook in hooks:
         hook.remove()
     state.after_step(taken=result.taken)

@@ -29,6 +29,7 @@ from tolaria.config import (
 from tolaria.coordinator.apply import Applied, apply_decision
 from tolaria.data import Loader
 from tolaria.dist import Peers, World
+from tolaria.fence import Verdict
 from tolaria.kasmina.slot import Slot
 from tolaria.leyline.codec import encode_command
 from tolaria.leyline.types import Command, Decision, SeedStage
@@ -38,7 +39,7 @@ from tolaria.optim.persist import state_tensors
 from tolaria.replica import Replica
 from tolaria.setup import build_state
 from tolaria.state import TrainState, seed_rank
-from tolaria.step import TrainStep
+from tolaria.step import StepResult, TrainStep
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.task import Task, load_task
@@ -165,10 +166,14 @@ class Rig:
         plan = self.state.sampler.remaining()[: self.state.sampler.accumulation]
         return list(self.loader.batches(self.task.train, plan))
 
+    def take_step(self, group: list[Batch] | None = None) -> StepResult:
+        """One optimizer step; nothing is counted, and no fence stands before the update."""
+        return self.step(self.batches() if group is None else group, lambda: Verdict(stop_signal=0, level=0, loss=None))
+
     def train(self, steps: int = 1) -> None:
         """Take optimizer steps, as the loop does."""
         for _ in range(steps):
-            result = self.step(self.batches())
+            result = self.take_step()
             self.state.after_step(taken=result.taken)
             self.events.step = self.state.step
 

@@ -21,6 +21,8 @@ from tolaria.objective import Batch
 from tolaria.task import Task, users_code
 
 Plan = list[tuple[list[int], list[float]]]
+Window = tuple[int, int, int]
+"""A run of samples in an epoch's order: (epoch, first position, end position)."""
 
 
 def dataset_size(dataset: Dataset[Any], what: str) -> int:
@@ -37,7 +39,8 @@ def dataset_size(dataset: Dataset[Any], what: str) -> int:
 class EpochSampler:
     """The position in the data: (seed, epoch, cursor). The cursor counts samples of the epoch over all ranks.
 
-    The state is the same on every rank and does not depend on their number, so another number of ranks may resume.
+    Windows of an epoch's order can be left out; every other sample is still seen exactly once. The state is the same
+    on every rank and does not depend on their number, so another number of ranks may resume.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class EpochSampler:
         self.accumulation = accumulation
         self.epoch = 0
         self.cursor = 0
+        self.skipped: list[Window] = []
 
     @property
     def group_size(self) -> int:
@@ -62,9 +66,10 @@ class EpochSampler:
         """Optimizer steps of one epoch; the last one may be partly filled."""
         return -(-self.num_samples // self.group_size)
 
-    def order(self) -> list[int]:
-        """The sample order of the present epoch."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+    def order(self, epoch: int | None = None) -> list[int]:
+        """The sample order of an epoch, of the present one by default."""
+        which = self.epoch if epoch is None else epoch
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + which) % 2**63)
         order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
 
@@ -76,34 +81,67 @@ class EpochSampler:
 
     def remaining(self) -> Plan:
         """This rank's microbatches from the cursor to the end of the epoch: (indices, weights) of each."""
-        order, plan = self.order(), []
-        for start in range(self.cursor, self.num_samples, self.group_size):
-            group = order[start : start + self.group_size]
+        order, plan, cursor = self.order(), [], self.cursor
+        while (window := self._group_from(cursor)) is not None:
+            _, start, cursor = window
+            group = order[start:cursor]
             weight = self.world_size / len(group)
             for micro in range(self.accumulation):
                 first = (micro * self.world_size + self.rank) * self.batch_size
                 plan.append(_filled(group[first : first + self.batch_size], weight, self.batch_size, group[0]))
         return plan
 
+    @property
+    def window(self) -> Window | None:
+        """The samples of the next optimizer step; None when the rest of the epoch is left out."""
+        return self._group_from(self.cursor)
+
+    def samples(self, windows: Sequence[Window]) -> list[int]:
+        """The dataset's indices in these windows."""
+        return [i for epoch, start, end in windows for i in self.order(epoch)[start:end]]
+
     def advance(self) -> bool:
         """One optimizer step was taken. True if that ended the epoch; then the next one begins at its start."""
-        self.cursor += self.group_size
-        if self.cursor < self.num_samples:
+        window = self.window
+        self.cursor = window[2] if window is not None else self.num_samples
+        return self.turn_over()
+
+    def skip(self, windows: Sequence[Window]) -> None:
+        """Leave these samples out; what was left out before stays out."""
+        self.skipped = sorted({*self.skipped, *windows})
+
+    def turn_over(self) -> bool:
+        """Begin the next epoch if nothing is left of this one. True if it did."""
+        if self.window is not None:
             return False
         self.epoch += 1
         self.cursor = 0
         return True
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, and what it is a position in."""
-        return {"seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_samples": self.num_samples}
+    def _group_from(self, cursor: int) -> Window | None:
+        ahead = [(start, end) for epoch, start, end in self.skipped if epoch == self.epoch]
+        for start, end in ahead:
+            if start <= cursor < end:
+                cursor = end
+        if cursor >= self.num_samples:
+            return None
+        stops = [start for start, _ in ahead if start > cursor]
+        return self.epoch, cursor, min([cursor + self.group_size, self.num_samples, *stops])
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The position, what it is a position in, and what is left out."""
+        return {
+            "seed": self.seed, "epoch": self.epoch, "cursor": self.cursor, "num_samples": self.num_samples,
+            "skipped": [list(window) for window in self.skipped],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a position. Raises TaskError when it belongs to another dataset or sample order."""
         for key in ("seed", "num_samples"):
             if state[key] != getattr(self, key):
                 raise TaskError(f"the checkpoint's data has {key}={state[key]}, this run's {getattr(self, key)}")
         self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self.skipped = [(int(epoch), int(start), int(end)) for epoch, start, end in state["skipped"]]
 
 
 def _filled(indices: Sequence[int], weight: float, size: int, filler: int) -> tuple[list[int], list[float]]:

@@ -60,17 +60,17 @@ class Peers:
         """Maximum over ranks, in place."""
         return self.all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def start_max(self, tensor: torch.Tensor) -> dist.Work | None:
-        """Start a MAX reduce of a CPU tensor; wait with `finish`. The tensor must stay untouched until then."""
+    def start_sum(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Start a sum of a CPU tensor over ranks; wait with `finish`. The tensor must stay untouched until then."""
         if self.group is None:
             return None
         with _peer_errors("fence"):
-            work: dist.Work | None = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work: dist.Work | None = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
             return work
 
     @staticmethod
     def finish(work: dist.Work | None) -> None:
-        """Wait for a collective started with `start_max`."""
+        """Wait for a collective started with `start_sum`."""
         if work is not None:
             with _peer_errors("fence"):
                 work.wait()

@@ -84,8 +84,8 @@ class Trainer:
             for group in self._groups():
                 # ------------------------------------------------------------------------------------------
                 self.fence.open(stop_signal=self._signal())
-                result = self.parts.step(group)
-                verdict = self.fence.close()
+                result = self.parts.step(group, self.fence.close)
+                verdict = result.verdict
                 epoch_ended = self.state.after_step(taken=result.taken)
                 # ------------------------------------------------------------------------------------------
                 self._count(result)

@@ -9,10 +9,11 @@ continued is bit-equal to one that was not interrupted.
 
 import hashlib
 import json
+import operator
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,10 +26,19 @@ from tolaria.kasmina.host import Kasmina
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
-from tolaria.optim.persist import group_options, load_group_options, load_state_tensors, state_tensors
+from tolaria.optim.persist import (
+    copy_tensors,
+    group_options,
+    load_group_options,
+    load_state_tensors,
+    same_form,
+    state_tensors,
+)
 from tolaria.optim.rebuild import regroup
 
 HOST_GROUP = "host"
+Copy: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
+"""Overwrites live tensors (second) by those of the same names (first)."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,8 @@ class TrainState:
         """Bring optimizer groups and LR groups in line with Kasmina's seeds; the host's state stays bit-identical."""
         groups: dict[str, Mapping[str, nn.Parameter]] = {HOST_GROUP: self.host_parameters, **self.kasmina.groups()}
         wanted = {name for members in groups.values() for name in members}
-        present = [group["name"] for group in self.optimizer.param_groups]
-        if present == list(groups):
+        present = [(group["name"], list(map(id, group["params"]))) for group in self.optimizer.param_groups]
+        if present == [(name, list(map(id, members.values()))) for name, members in groups.items()]:
             return
         had = {name for group in self.optimizer.param_groups for name in group["param_names"]}
         self.optimizer = regroup(self.optimizer, groups, dropped=had - wanted)
@@ -179,27 +189,47 @@ class TrainState:
         shapes = [[n, str(t.dtype), list(t.shape)] for n, t in sorted(self.tensors().items())]
         return _digest(seeds, {**self.meta(), "shapes": shapes})
 
-    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Take over a saved state. Raises CheckpointMismatch when it belongs to another model, TaskError for its data.
+    def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, copy: Copy = copy_tensors) -> bool:
+        """Take over a saved state, in place where the structure is the same. True if the structure changed.
 
-        The seeds are built first; everything is checked before the first tensor is copied.
+        Raises CheckpointMismatch when it belongs to another model, TaskError for its data: the seeds are built first,
+        everything is checked before the first tensor is copied. ``copy(source, live)`` moves the bytes; what it raises
+        leaves the state half copied.
         """
+        before = list(self.optimizer.param_groups)
+        forms = {name: slot.form for name, slot in self.kasmina.slots.items()}
         self.kasmina.load_state_dict(meta["kasmina"])
         self.step, self.boundary = int(meta["step"]), int(meta["boundary"])
         self.skipped_steps = int(meta["skipped_steps"])
+        self._forget_replaced_seeds()
         self.regroup()
-        own = {n: t for n, t in self.tensors().items() if not n.startswith("optim/")}
-        saved = {n: t for n, t in tensors.items() if not n.startswith("optim/")}
+        own, saved = _without_optimizer(self.tensors()), _without_optimizer(tensors)
         _check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
         self.lr.load_state_dict(meta["lr"])
         self.scaler.load_state_dict(dict(meta["scaler"]))
         self.mode = Mode(**meta["mode"])
         load_group_options(self.optimizer, meta["groups"])
-        load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        live = self.tensors()
+        if same_form(live, tensors):
+            copy(tensors, live)
+        else:
+            load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
+            copy(saved, own)
+        after = self.optimizer.param_groups
+        same_groups = len(before) == len(after) and all(map(operator.is_, before, after))
+        return not same_groups or any(slot.form is not forms[n] for n, slot in self.kasmina.slots.items())
+
+    def _forget_replaced_seeds(self) -> None:
+        # A seed built again may have other shapes under the same names, and its state comes with the saved tensors.
+        wanted = {id(p) for members in self.kasmina.groups().values() for p in members.values()}
+        wanted |= set(map(id, self.host_parameters.values()))
+        for parameter in [p for p in self.optimizer.state if id(p) not in wanted]:
+            del self.optimizer.state[parameter]
+
+
+def _without_optimizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optim/")}
 
 
 def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -3,11 +3,12 @@
 microbatches   forward + loss (autocast, compiled) -> backward, reduced over ranks on the last one only
 shadows        TRAINING seeds learn beside the host, in a collective of their own
 gradients      unscale -> norms -> clip, host and each seed by itself
-verdict        is the reduced gradient finite? the same answer on every rank
+verdict        is the reduced gradient finite, and may the step count? the same answer on every rank
 update         LR -> optimizer -> scaler -> zero
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tolaria.fence import Verdict
 from tolaria.kasmina.seed import Seed
 from tolaria.objective import Batch
 from tolaria.replica import Replica
@@ -26,11 +28,14 @@ from tolaria.telemetry.events import EventLog
 class StepResult:
     """``loss``: this rank's part, 0-D on the device; its mean over ranks is the mean over the step's samples.
 
-    ``taken`` is False when the reduced gradient was not finite and nothing was updated, alike on all ranks.
+    ``value``: the same as a number. ``taken`` is False when the reduced gradient was not finite and nothing was
+    updated, alike on all ranks. ``verdict``: what the fence said before the update.
     """
 
     loss: Tensor
+    value: float
     taken: bool
+    verdict: Verdict
 
 
 class TrainStep:
@@ -43,8 +48,12 @@ class TrainStep:
         self.clip_norm = clip_norm
         self.debug = debug
 
-    def __call__(self, group: Sequence[Batch]) -> StepResult:
-        """``group``: the microbatches of this step on the device, at least one."""
+    def __call__(self, group: Sequence[Batch], close_fence: Callable[[], Verdict]) -> StepResult:
+        """``group``: the microbatches of this step on the device, at least one.
+
+        ``close_fence`` is called once, between the gradients and the update. What it raises leaves parameters and
+        optimizer as they were before the step.
+        """
         self.replica.keep_buffers()
         with torch.autograd.set_detect_anomaly(True) if self.debug else nullcontext():
             loss = self._backward(group)
@@ -52,8 +61,10 @@ class TrainStep:
         seeds = [(s, _gradients(s.named_parameters().values())) for s in self.state.kasmina.learning_seeds()]
         self._unscale(host, seeds)
         norms = torch.stack([get_total_norm(host), *(get_total_norm(g) for _, g in seeds)])
-        # The one host read of a step: the verdict decides on the host whether the optimizer runs.
-        finite: list[bool] = torch.isfinite(norms).tolist()
+        # The one host read of a step: the verdict decides on the host whether the optimizer runs, and the loss, which
+        # the next fence carries, comes along.
+        value, *read = torch.cat([loss[None], norms]).tolist()
+        finite = [math.isfinite(norm) for norm in read]
         self.state.kasmina.host_norms.add(norms[0])
         for (seed, _), norm, ok in zip(seeds, norms[1:], finite[1:], strict=True):
             seed.norms.add(norm)
@@ -64,8 +75,9 @@ class TrainStep:
         taken = finite[0]
         if taken and self.clip_norm:
             clip_grads_with_norm_(self.state.host_parameters.values(), self.clip_norm, norms[0])
+        verdict = close_fence()
         self._update(taken)
-        return StepResult(loss, taken)
+        return StepResult(loss, value, taken, verdict)
 
     def _backward(self, group: Sequence[Batch]) -> Tensor:
         scale = self.state.scaler.scale

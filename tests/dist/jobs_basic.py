@@ -20,12 +20,12 @@ def collectives() -> dict[str, object]:
     except ReplicaMismatch as error:
         mismatch = str(error)
     flags = torch.tensor([world.global_rank, 7], dtype=torch.int64)
-    peers.finish(peers.start_max(flags))
+    peers.finish(peers.start_sum(flags))
     found = {
         "rank": world.global_rank,
         "generation": world.generation,
         "sum": peers.sum(torch.tensor([1.0 + world.global_rank], dtype=torch.float64)).tolist(),
-        "max": flags.tolist(),
+        "started_sum": flags.tolist(),
         "agree_all": peers.agree(True),
         "agree_some": peers.agree(world.global_rank == 0),
         "gathered": peers.gather([world.global_rank, -1]),

@@ -10,7 +10,7 @@ def test_every_rank_sees_the_same(two_ranks: RankPool) -> None:
     assert (first.pop("rank"), second.pop("rank")) == (0, 1)
     assert first == second
     assert first["sum"] == [3.0]
-    assert first["max"] == [1, 7]
+    assert first["started_sum"] == [1, 14]
     assert first["agree_all"] is True
     assert first["agree_some"] is False
     assert first["gathered"] == [[0, -1], [1, -1]]

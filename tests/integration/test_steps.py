@@ -32,7 +32,7 @@ def copies(state: TrainState) -> dict[str, Tensor]:
 
 def take(rig: Rig, group: list[Batch] | None = None) -> StepResult:
     """One optimizer step as the loop takes it, on these microbatches."""
-    result = rig.step(rig.batches() if group is None else group)
+    result = rig.take_step(group)
     rig.state.after_step(taken=result.taken)
     return result
 

@@ -1,4 +1,4 @@
-"""How a seed is made, and which form a stage gives it: functions of blueprint, slot and configuration."""
+"""How a seed is made, judged, and which form a stage gives it: functions of blueprint, slot and configuration."""
 
 import hashlib
 
@@ -7,11 +7,13 @@ from torch import nn
 
 from tolaria.config import KasminaConfig
 from tolaria.errors import CommandRefused
+from tolaria.kasmina import gates
 from tolaria.kasmina.blueprints import get_blueprint
-from tolaria.kasmina.lifecycle import HOLDS_SEED
+from tolaria.kasmina.gates import GateResult
+from tolaria.kasmina.lifecycle import HOLDS_SEED, Move
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Active, Blend, Frozen, StraightThrough
-from tolaria.leyline.types import SeedCommand, SeedOp, SeedStage
+from tolaria.leyline.types import SeedCommand, SeedGate, SeedOp, SeedStage
 
 GRAFT_PARAMETERS = ("blend_steps",)
 
@@ -80,6 +82,32 @@ def learns(seed: Seed, config: KasminaConfig) -> bool:
     if seed.stage == SeedStage.FOSSILIZED:
         return not config.freeze_fossilized
     return seed.stage in (SeedStage.TRAINING, SeedStage.BLENDING)
+
+
+def judge(
+    found: Move,
+    seed: Seed,
+    config: KasminaConfig,
+    *,
+    module: nn.Module | None,
+    grown: int,
+    norms: list[float],
+) -> GateResult | None:
+    """The word of the gate before a move; None where there is no gate.
+
+    ``module``: what GERMINATE would plant. ``grown``: parameters of all seeds, planned ones included. ``norms``: newest
+    gradient norms of the host before TRAINING, else of the seed.
+    """
+    count = sum(p.numel() for p in module.parameters()) if module is not None else 0
+    whose = "the host" if found.to == SeedStage.TRAINING else "the seed"
+    words = {
+        SeedGate.G0_SANITY: lambda: gates.g0_sanity(count, grown, config),
+        SeedGate.G1_GRADIENT_HEALTH: lambda: gates.g1_gradient_health(norms, config.gradient_window, whose),
+        SeedGate.G2_STABILITY: lambda: gates.g2_stability(seed.alpha_value, seed.evidence, config),
+        SeedGate.G3_INTERFACE: lambda: gates.g3_interface(seed.evidence, config),
+        SeedGate.G4_SYSTEM_IMPACT: lambda: gates.g4_system_impact(seed.evidence, config),
+    }
+    return words[found.gate]() if found.gate is not None else None
 
 
 def check_operation(payload: SeedCommand, seed: Seed) -> None:

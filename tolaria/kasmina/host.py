@@ -13,11 +13,11 @@ from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.kasmina import gates
 from tolaria.kasmina.gates import Evidence, GateResult
-from tolaria.kasmina.growth import build_seed, check_operation, form_for, learns
+from tolaria.kasmina.growth import build_seed, check_operation, form_for, judge, learns
 from tolaria.kasmina.lifecycle import Move, after_boundary, move
 from tolaria.kasmina.seed import NormRing, Seed
 from tolaria.kasmina.slot import Gauge, HostOnly, Slot
-from tolaria.leyline.types import Command, SeedCommand, SeedGate, SeedOp, SeedStage, SeedState
+from tolaria.leyline.types import Command, SeedCommand, SeedOp, SeedStage, SeedState
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,10 @@ class Kasmina:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Rebuild every seed's module and stage. Raises CheckpointMismatch when the slots are others."""
+        """Take over every seed's stage; modules that are there already stay, others are built or removed.
+
+        Raises CheckpointMismatch when the slots are others or a seed cannot be built.
+        """
         saved = state["seeds"]
         if set(saved) != set(self.seeds):
             raise CheckpointMismatch(f"the checkpoint has slots {sorted(saved)}, the model has {sorted(self.seeds)}")
@@ -253,9 +256,16 @@ class Kasmina:
                 raise CheckpointMismatch(
                     f"slot {name!r}: shape {saved[name]['shape']} saved, {seed.shape} in the model"
                 )
+            before = (seed.stage, seed.fine_tuning, seed.blueprint, seed.command_id)
             seed.load_state_dict(saved[name])
+            after = (seed.stage, seed.fine_tuning, seed.blueprint, seed.command_id)
+            if after == before and seed.occupied == (seed.module is not None):
+                continue  # the same module in the same form: a compiled graph goes on with it
             try:
-                seed.module = self._build(seed, seed.blueprint, seed.command_id) if seed.occupied else None
+                if not seed.occupied:
+                    seed.module = None
+                elif seed.module is None or after[2:] != before[2:]:
+                    seed.module = self._build(seed, seed.blueprint, seed.command_id)
             except CommandRefused as error:
                 raise CheckpointMismatch(f"slot {name!r}: its seed cannot be built again: {error}") from error
             self._settle(seed)
@@ -284,17 +294,5 @@ class Kasmina:
         )  # fmt: skip
 
     def _judge(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
-        """The word of the gate before a move; None where there is no gate."""
-        config, evidence = self.config, seed.evidence
-        count = sum(p.numel() for p in module.parameters()) if module is not None else 0
-        of_host = found.to == SeedStage.TRAINING
-        norms = self.host_norms.read() if of_host else evidence.gradient_norms
-        whose = "the host" if of_host else "the seed"
-        words = {
-            SeedGate.G0_SANITY: lambda: gates.g0_sanity(count, self.grown_parameters + planned, config),
-            SeedGate.G1_GRADIENT_HEALTH: lambda: gates.g1_gradient_health(norms, config.gradient_window, whose),
-            SeedGate.G2_STABILITY: lambda: gates.g2_stability(seed.alpha_value, evidence, config),
-            SeedGate.G3_INTERFACE: lambda: gates.g3_interface(evidence, config),
-            SeedGate.G4_SYSTEM_IMPACT: lambda: gates.g4_system_impact(evidence, config),
-        }
-        return words[found.gate]() if found.gate is not None else None
+        norms = self.host_norms.read() if found.to == SeedStage.TRAINING else seed.evidence.gradient_norms
+        return judge(found, seed, self.config, module=module, grown=self.grown_parameters + planned, norms=norms)

@@ -42,9 +42,14 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 def load_state_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Replace the optimizer's whole state by copies of ``tensors``, named as `state_tensors` names them.
 
-    Parameters without an entry end up without state. Raises CheckpointMismatch, with nothing changed, when a name is
-    unknown, or a parameter's keys, a shape or a dtype are not those that this optimizer would make itself.
+    State that has the form already is overwritten in place. Parameters without an entry end up without state.
+    Raises CheckpointMismatch, with nothing changed, when a name is unknown, or a parameter's keys, a shape or a
+    dtype are not those that this optimizer would make itself.
     """
+    present = state_tensors(optimizer)
+    if same_form(present, tensors):
+        copy_tensors(tensors, present)
+        return
     saved: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("/")
@@ -61,6 +66,19 @@ def load_state_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> N
     optimizer.state.clear()
     for parameter, state in loaded:
         optimizer.state[parameter] = state
+
+
+def same_form(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the same names with the same shapes and types."""
+    return one.keys() == other.keys() and all(
+        (t.shape, t.dtype) == (other[n].shape, other[n].dtype) for n, t in one.items()
+    )
+
+
+def copy_tensors(source: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Overwrite every live tensor by the source's of that name, in place."""
+    with torch.no_grad():
+        torch._foreach_copy_([live[name] for name in source], list(source.values()))
 
 
 def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
