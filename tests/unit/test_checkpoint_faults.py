@@ -14,6 +14,7 @@ from tests.small_checkpoints import ALONE, load, payload, require_whole, save
 from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.commit import Abandoned, Committer
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.retain import Retention
 from tolaria.recovery.staging import HostBuffers
 
 PRIMITIVES = ("create", "allocate", "write", "fsync", "rename", "make_dir", "unlink", "remove_dir")
@@ -144,7 +145,7 @@ def test_staged_bytes_that_change_before_they_are_written_are_not_committed(root
         root, run_id="r", generation="g", peers=ALONE, fs=Meddling(), keep=2, check_owner=lambda: None
     )
     with pytest.raises(Abandoned, match="staged bytes changed"):
-        committer.commit(staged)
+        committer.commit(staged, Retention())
     require_whole(load(root), {1})
 
 

@@ -11,9 +11,20 @@ one for ever, also across rollbacks and restarts. Any number of ranks may load t
 rank comes back only to a run of the same size.
 """
 
-from tolaria.recovery.commit import sweep
-from tolaria.recovery.reader import Loaded, load_newest, load_path
+from tolaria.recovery.reader import Accept, Loaded, accept_all, load_newest, load_path
+from tolaria.recovery.retain import Retention, sweep
 from tolaria.recovery.staging import Payload
 from tolaria.recovery.writer import CheckpointWriter, SaveOutcome
 
-__all__ = ["CheckpointWriter", "Loaded", "Payload", "SaveOutcome", "load_newest", "load_path", "sweep"]
+__all__ = [
+    "Accept",
+    "CheckpointWriter",
+    "Loaded",
+    "Payload",
+    "Retention",
+    "SaveOutcome",
+    "accept_all",
+    "load_newest",
+    "load_path",
+    "sweep",
+]

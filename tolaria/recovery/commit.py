@@ -5,11 +5,11 @@
     3. write    each rank: its shard and state file, created exclusively, reserved, written, fsynced
     4. gather   size and sha256 of every file; one failure anywhere and all ranks drop the attempt
     5. publish  rank 0: manifest, fsync file and folder, owner checked again, RENAME, fsync the parent
-    6. retain   rank 0: older ones renamed to .trash, then deleted
+    6. log      rank 0: the record of it in the log of decisions
+    7. retain   rank 0: older ones renamed to .trash, then deleted
 
 Each decision is taken from gathered integers, so the ranks cannot disagree. A crash before the rename leaves the
-previous checkpoint, after it the previous or the new one, both whole. The decision log's record of a checkpoint
-belongs between 5 and the acknowledgement to the caller.
+previous checkpoint, after it the previous or the new one, both whole. Only what is in the log is acknowledged.
 """
 
 import errno
@@ -25,11 +25,13 @@ import safetensors
 import torch
 
 from tolaria.dist import Peers
-from tolaria.errors import RunDirError, RunLocked
+from tolaria.errors import RunDirError, RunLocked, WalError
 from tolaria.recovery import manifest as layout
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.retain import Retention, retain, sweep
 from tolaria.recovery.shards import Shard, assign_to_ranks, build_shard, build_state
 from tolaria.recovery.staging import Staged, state_digest, structure_digest, tensor_digest
+from tolaria.recovery.wal import Wal, WalKind
 
 # Left free for logs and the operating system when a checkpoint is written.
 FREE_SPACE_MARGIN_BYTES = 16 * 1024 * 1024
@@ -38,6 +40,7 @@ _OK = 0
 _STAGED_BYTES_CHANGED = -1
 _NOT_OWNER = -2
 _OWNER_UNKNOWN = -3
+_NOT_LOGGED = -4
 _TEXTS = {
     _STAGED_BYTES_CHANGED: "the staged bytes changed while they were written",
     _NOT_OWNER: "another start has taken over this run directory",
@@ -88,25 +91,12 @@ def _describe(code: int) -> str:
     return f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
 
 
-def sweep(root: Path, fs: FileOps) -> list[str]:
-    """Delete unfinished attempts and unfinished deletions under ``root``; return their names.
-
-    Local; only for the process that owns the run. Raises OSError.
-    """
-    if not fs.is_dir(root):
-        return []
-    names = [name for name in fs.list_dir(root) if layout.is_leftover(name)]
-    for name in names:
-        fs.remove_tree(root / name)
-    return names
-
-
 class Committer:
     """Carries out the steps above for one run. Every method is collective over ``peers`` unless it says local."""
 
     def __init__(
         self, root: Path, *, run_id: str, generation: str, peers: Peers, fs: FileOps, keep: int,
-        check_owner: Callable[[], None],
+        check_owner: Callable[[], None], wal: Wal | None = None,
     ) -> None:  # fmt: skip
         layout.require_label("run_id", run_id)
         layout.require_label("generation", generation)
@@ -117,10 +107,12 @@ class Committer:
         self._fs = fs
         self._keep = keep
         self._check_owner = check_owner
+        self._wal = wal
         self._last_seq = -1
 
-    def commit(self, staged: Staged) -> Committed:
-        """Write and commit one checkpoint. Raises Abandoned on all ranks alike, PeerLost when a rank is gone."""
+    def commit(self, staged: Staged, retention: Retention) -> Committed:
+        """Write and commit one checkpoint. Raises on all ranks alike: Abandoned; WalError when it is on the disk but
+        could not be logged. PeerLost when a rank is gone."""
         digests = {name: tensor_digest(tensor) for name, tensor in staged.replicated.items()}
         digest = state_digest(staged.step, digests, staged.meta)
         self._agree_on_content(staged, digests, digest)
@@ -131,12 +123,16 @@ class Committer:
         tmp = self._root / (layout.checkpoint_name(seq, staged.step) + layout.TMP_SUFFIX)
         files = self._write(tmp, seq, staged, shard, expected)
         document = layout.Manifest(
-            run_id=self._run_id, generation=self._generation, seq=seq, step=staged.step,
+            run_id=self._run_id, generation=self._generation, seq=seq, step=staged.step, branch=staged.branch,
+            wal_lsn=self._wal.last_lsn if self._wal is not None else 0,
             world_size=self._peers.world_size, num_tensors=len(staged.replicated), state_digest=digest.hex(),
             files=files, versions=_versions(),
         )  # fmt: skip
         path = self._publish(tmp, document)
-        return Committed(seq, path, sum(entry.size for entry in files.values()), self._retain())
+        cleanup_error = None
+        if self._peers.rank == 0:
+            cleanup_error = retain(self._root, self._fs, keep=self._keep, newest=seq, retention=retention)
+        return Committed(seq, path, sum(entry.size for entry in files.values()), cleanup_error)
 
     # --- steps ----------------------------------------------------------------------------------------------
 
@@ -222,10 +218,10 @@ class Committer:
 
     def _publish(self, tmp: Path, document: layout.Manifest) -> Path:
         final = self._root / layout.checkpoint_name(document.seq, document.step)
+        raw = document.to_bytes()
         code = _OK
         if self._peers.rank == 0:
             try:
-                raw = document.to_bytes()
                 if len(raw) > layout.MANIFEST_MAX_BYTES:
                     raise OSError(errno.EFBIG, f"manifest of {len(raw)} bytes", str(tmp))
                 self._fs.write_new(tmp / layout.MANIFEST_NAME, [raw], len(raw))
@@ -240,26 +236,29 @@ class Committer:
             except RunDirError:
                 code = _OWNER_UNKNOWN
         self._require(self._peers.gather([code])[0], "committing a checkpoint", tmp)
+        self._log(document, raw)
         return final
 
-    def _retain(self) -> str | None:
-        """Local to rank 0; a failure here cannot undo the commit and is reported beside it."""
-        if self._peers.rank != 0:
-            return None
-        try:
-            committed = [n for n in self._fs.list_dir(self._root) if layout.parse_checkpoint_name(n)]
-            committed.sort(key=lambda n: layout.used_seq(n) or 0)
-            doomed = committed[: -self._keep]
-            # Renamed first, so that a crash while deleting does not look like a damaged checkpoint.
-            for name in doomed:
-                self._fs.rename(self._root / name, self._root / (name + layout.TRASH_SUFFIX))
-            if doomed:
-                self._fs.fsync_dir(self._root)
-            for name in doomed:
-                self._fs.remove_tree(self._root / (name + layout.TRASH_SUFFIX))
-        except OSError as error:
-            return f"deleting old checkpoints: {error}"
-        return None
+    def _log(self, document: layout.Manifest, raw: bytes) -> None:
+        code, failure = _OK, ""
+        if self._wal is not None:
+            body = {
+                "seq": document.seq, "step": document.step, "branch": document.branch,
+                "manifest_sha256": hashlib.sha256(raw).hexdigest(),
+            }  # fmt: skip
+            try:
+                self._wal.append(WalKind.CHECKPOINT, body)
+                self._wal.rotate()
+            except WalError as error:
+                code, failure = _NOT_LOGGED, str(error)
+            except RunLocked:
+                code = _NOT_OWNER
+            except RunDirError:
+                code = _OWNER_UNKNOWN
+        code = self._peers.gather([code])[0][0]
+        if code == _NOT_LOGGED:
+            raise WalError(failure or "rank 0 cannot write its log of decisions; its own output says why")
+        self._require([code], "logging a checkpoint")
 
     def _require(self, codes: Sequence[int], what: str, tmp: Path | None = None) -> None:
         """Give the attempt up, on all ranks alike, unless every code is OK. Local."""

@@ -46,6 +46,18 @@ class FileOps:
         """Make an open file or directory durable."""
         os.fsync(fd)
 
+    def open_existing(self, path: Path) -> int:
+        """Open a file that exists for writing and return its descriptor; its content stays."""
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def write_at(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write some of ``data`` from byte ``offset`` on and return how many bytes."""
+        return os.pwrite(fd, data, offset)
+
+    def datasync(self, fd: int) -> None:
+        """Make the content of an open file durable, and of its metadata what is needed to read it."""
+        os.fdatasync(fd)
+
     def rename(self, source: Path, target: Path) -> None:
         """Rename atomically. Replaces ``target`` when both are files."""
         os.rename(source, target)
@@ -80,12 +92,46 @@ class FileOps:
         fd = self.create(path)
         try:
             if size:
-                self._reserve(fd, size)
+                self.reserve(fd, size)
             written = 0
             for chunk in chunks:
                 written += self._write_all(fd, memoryview(chunk))
             if written != size:
                 raise OSError(errno.EIO, f"wrote {written} bytes where {size} were announced", str(path))
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def write_all_at(self, fd: int, data: Buffer, offset: int) -> None:
+        """Write all of ``data`` from byte ``offset`` of an open file on; not durable yet."""
+        flat = memoryview(data).cast("B")
+        done = 0
+        while done < len(flat):
+            done += self.write_at(fd, flat[done : done + WRITE_PIECE_BYTES], offset + done)
+
+    def reserve(self, fd: int, size: int) -> None:
+        """Reserve ``size`` bytes for an open file where the file system can."""
+        try:
+            self.allocate(fd, size)
+        except OSError as error:
+            # Some network file systems cannot reserve; their writes then report a full disk themselves.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+    def reserve_file(self, path: Path, size: int) -> None:
+        """Make a file that only takes ``size`` bytes of room. Its directory entry is durable after `fsync_dir`."""
+        fd = self.create(path)
+        try:
+            self.reserve(fd, size)
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def wipe(self, path: Path, start: int, size: int) -> None:
+        """Overwrite ``size`` bytes of a file from ``start`` on with zeros, durably."""
+        fd = self.open_existing(path)
+        try:
+            self.write_all_at(fd, bytes(size), start)
             self.fsync(fd)
         finally:
             os.close(fd)
@@ -115,14 +161,6 @@ class FileOps:
         for name in self.list_dir(path):
             self.remove_tree(path / name)
         self.remove_dir(path)
-
-    def _reserve(self, fd: int, size: int) -> None:
-        try:
-            self.allocate(fd, size)
-        except OSError as error:
-            # Some network file systems cannot reserve; their writes then report a full disk themselves.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
 
     def _write_all(self, fd: int, data: memoryview) -> int:
         if not data.nbytes:

@@ -21,6 +21,8 @@ MAX_WORLD_SIZE = 100_000
 TMP_SUFFIX = ".tmp"
 BAD_SUFFIX = ".bad"
 TRASH_SUFFIX = ".trash"
+# A file of this name, made by a person, keeps the checkpoint beside it from being deleted.
+PIN_SUFFIX = ".pin"
 
 _NAME = re.compile(r"c(0|[1-9][0-9]{0,17})-s(0|[1-9][0-9]{0,17})", re.ASCII)
 _ANY_NAME = re.compile(_NAME.pattern + r"(\.(?:tmp|bad|trash)(?:-[0-9]{1,9})?)?", re.ASCII)
@@ -88,13 +90,18 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """The content of MANIFEST.json. ``state_digest`` covers step, replicated tensors and replicated metadata."""
+    """The content of MANIFEST.json. ``state_digest`` covers step, replicated tensors and replicated metadata.
+
+    ``branch``: see recovery/timeline.py. ``wal_lsn``: the last record of the log when the checkpoint was committed.
+    """
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)] = FORMAT
     run_id: _Label
     generation: _Label
     seq: _Count
     step: _Count
+    branch: _Count = 0
+    wal_lsn: _Count = 0
     world_size: Annotated[int, Field(ge=1, le=MAX_WORLD_SIZE)]
     num_tensors: _Count
     state_digest: _Hex256

@@ -8,10 +8,10 @@ import errno
 import hashlib
 import os
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -25,11 +25,24 @@ from tolaria.recovery.shards import LOCAL, REPLICATED, parse_shard, parse_state
 _DAMAGE = frozenset({
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.EIO, errno.ENXIO,
 })  # fmt: skip
-_GOOD, _DAMAGED, _UNREADABLE = 0, 1, 2
+_GOOD, _REFUSED, _DAMAGED, _UNREADABLE, _LOG_LOST = range(5)
 _SHA = struct.Struct("!4q")
 
 
+Accept: TypeAlias = Callable[[int, int, int | None], bool]
+"""Whether (seq, step, branch) may be used; the branch is None as long as the checkpoint is not read."""
+
+
+def accept_all(seq: int, step: int, branch: int | None) -> bool:
+    """Any checkpoint will do."""
+    return True
+
+
 class _Unreadable(Exception):
+    pass
+
+
+class _LogLost(Exception):
     pass
 
 
@@ -39,7 +52,7 @@ class Loaded:
 
     world_size: of the run that saved it. local_tensors, local_meta: what this rank saved as its own, None when
     that run had another number of ranks; first_meta: what its rank 0 saved, in any case. state_digest: of step,
-    replicated tensors and metadata, as saved.
+    replicated tensors and metadata, as saved. branch: see recovery/timeline.py. wal_lsn: the log's last record then.
     """
 
     seq: int
@@ -49,6 +62,9 @@ class Loaded:
     run_id: str
     generation: str
     state_digest: str
+    branch: int
+    wal_lsn: int
+    manifest_sha256: str
     versions: dict[str, str]
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -62,16 +78,36 @@ def load_path(path: Path, peers: Peers, fs: FileOps) -> Loaded:
 
     Raises CheckpointError on all ranks when any rank cannot verify it.
     """
-    loaded, verdict, reason = _load_together(path, None, peers, fs)
+    loaded, verdict, reason = _load_together(path, None, _Wanted(), peers, fs)
     if loaded is None:
         raise CheckpointError(f"{path}: {_VERDICTS[verdict]}: {reason}")
     return loaded
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    accept: Accept = accept_all
+    known: Mapping[int, str] = field(default_factory=dict)
+    last_lsn: int | None = None
+
+    def check(self, loaded: Loaded) -> int:
+        """The verdict on a sound checkpoint."""
+        if self.last_lsn is not None and loaded.wal_lsn > self.last_lsn:
+            raise _LogLost(f"it was saved after record {loaded.wal_lsn} of the log, which ends at {self.last_lsn}")
+        if self.known.get(loaded.seq, loaded.manifest_sha256) != loaded.manifest_sha256:
+            raise CheckpointError(f"{loaded.path}: its manifest is not the one in the log")
+        return _GOOD if self.accept(loaded.seq, loaded.step, loaded.branch) else _REFUSED
+
+
 def load_newest(
-    root: Path, peers: Peers, fs: FileOps, *, report: Callable[[str, dict[str, Any]], None], quarantine: bool = True
-) -> Loaded | None:
+    root: Path, peers: Peers, fs: FileOps, *, report: Callable[[str, dict[str, Any]], None], quarantine: bool = True,
+    accept: Accept = accept_all, known: Mapping[int, str] | None = None, last_lsn: int | None = None,
+    allow_fresh: bool = False,
+) -> Loaded | None:  # fmt: skip
     """The newest committed checkpoint under ``root`` whose every hash verifies on all ranks; None if there is none.
+
+    accept, known, last_lsn count on rank 0 alone: which checkpoints may be used, the sha256 of their manifests, and
+    the last record of the log. allow_fresh: None also when all are damaged.
 
     Collective; "newest" is by sequence number (steps repeat after a rollback). A damaged one is renamed to
     ``.bad`` by rank 0 (unless ``quarantine`` is False: for the folder of another run), reported on every rank as
@@ -79,36 +115,44 @@ def load_newest(
     CheckpointError when there are checkpoints but all of them are bad (starting afresh would hide the loss), or
     when one cannot be read for a reason that may pass, such as missing permission.
     """
-    names, num_bad = _candidates(root, fs) if peers.rank == 0 else ([], 0)
+    names, num_bad = _candidates(root, fs, accept) if peers.rank == 0 else ([], 0)
+    wanted = _Wanted(accept, known or {}, last_lsn) if peers.rank == 0 else _Wanted()
     while True:
         following = layout.parse_checkpoint_name(names[0]) if names else None
         found, seq, step, num_bad = peers.gather([int(following is not None), *(following or (0, 0)), num_bad])[0]
         if not found:
             break
         path = root / layout.checkpoint_name(seq, step)
-        loaded, verdict, reason = _load_together(path, (seq, step), peers, fs)
+        loaded, verdict, reason = _load_together(path, (seq, step), wanted, peers, fs)
         if loaded is not None:
             return loaded
-        if verdict == _UNREADABLE:
+        if verdict == _REFUSED:
+            names = names[1:]
+            continue
+        if verdict != _DAMAGED:
             raise CheckpointError(f"{path}: {_VERDICTS[verdict]}: {reason}")
         renamed_to = _quarantine(path, fs) if quarantine and peers.rank == 0 else None
         report("checkpoint_bad", {"path": str(path), "reason": reason, "renamed_to": renamed_to})
         names, num_bad = names[1:], num_bad + 1
-    if num_bad:
+    if num_bad and not allow_fresh:
         raise CheckpointError(
-            f"{root}: all {num_bad} checkpoints are damaged; nothing to resume from. To start afresh, choose "
-            "another run directory"
+            f"{root}: all {num_bad} checkpoints are damaged; nothing to resume from. To begin anew all the same: "
+            "--run.allow_fresh true"
         )
     return None
 
 
-_VERDICTS = {_DAMAGED: "not a usable checkpoint", _UNREADABLE: "cannot be read now; mend the cause and start again"}
+_VERDICTS = {
+    _DAMAGED: "not a usable checkpoint",
+    _UNREADABLE: "cannot be read now; mend the cause and start again",
+    _LOG_LOST: "the log of decisions has lost its end",
+}
 
 
-def _candidates(root: Path, fs: FileOps) -> tuple[list[str], int]:
-    """Names of committed checkpoints, newest first, and the number of quarantined ones."""
+def _candidates(root: Path, fs: FileOps, accept: Accept) -> tuple[list[str], int]:
+    """Names of committed checkpoints that may be used, newest first, and the number of quarantined ones."""
     names = fs.list_dir(root) if fs.is_dir(root) else []
-    committed = [name for name in names if layout.parse_checkpoint_name(name)]
+    committed = [name for name in names if (found := layout.parse_checkpoint_name(name)) and accept(*found, None)]
     committed.sort(key=lambda name: layout.used_seq(name) or 0, reverse=True)
     return committed, sum(layout.is_quarantined(name) for name in names)
 
@@ -129,12 +173,15 @@ def _quarantine(path: Path, fs: FileOps) -> str | None:
 
 
 def _load_together(
-    path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOps
+    path: Path, expected: tuple[int, int] | None, wanted: _Wanted, peers: Peers, fs: FileOps
 ) -> tuple[Loaded | None, int, str]:
     """One attempt on all ranks: (loaded, good, "") on all of them, or (None, worst verdict, reason) on all."""
     verdict, reason, loaded, sha = _GOOD, "", None, bytes(32)
     try:
         loaded, sha = _read(path, expected, peers, fs)
+        verdict = wanted.check(loaded)
+    except _LogLost as error:
+        verdict, reason = _LOG_LOST, str(error)
     except CheckpointError as error:
         verdict, reason = _DAMAGED, str(error)
     except _Unreadable as error:
@@ -177,7 +224,8 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
         raise CheckpointError(f"{path}: {len(tensors)} tensors where the manifest says {manifest.num_tensors}")
     loaded = Loaded(
         seq=manifest.seq, step=manifest.step, path=path, world_size=manifest.world_size, run_id=manifest.run_id,
-        generation=manifest.generation, state_digest=manifest.state_digest, versions=manifest.versions,
+        generation=manifest.generation, state_digest=manifest.state_digest, branch=manifest.branch,
+        wal_lsn=manifest.wal_lsn, manifest_sha256=hashlib.sha256(raw).hexdigest(), versions=manifest.versions,
         tensors=tensors, meta=meta, local_tensors=own, local_meta=local_meta, first_meta=first_meta,
     )  # fmt: skip
     return loaded, hashlib.sha256(raw).digest()

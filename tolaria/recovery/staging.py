@@ -24,6 +24,7 @@ class Payload:
     step: optimizer steps done. tensors, meta: equal on every rank (parameters, buffers, optimizer state; JSON).
     local_tensors, local_meta: this rank's own (random generators; loader position). Tensors may be on any device.
     Metadata is dicts with string keys, lists, strings, numbers, booleans and None; a tuple comes back as a list.
+    branch: how many returns the run had made when it was at this step (recovery/timeline.py).
     """
 
     step: int
@@ -31,6 +32,7 @@ class Payload:
     meta: Mapping[str, Any]
     local_tensors: Mapping[str, Tensor]
     local_meta: Mapping[str, Any]
+    branch: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Staged:
     local: dict[str, Tensor]
     meta: bytes
     local_meta: bytes
+    branch: int = 0
 
 
 class HostBuffers:
@@ -69,6 +72,7 @@ class HostBuffers:
             local={name: self._buffers[name] for name in own},
             meta=meta,
             local_meta=local_meta,
+            branch=payload.branch,
         )
 
     def release(self) -> None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tolaria.dist import Peers
-from tolaria.errors import PeerLost, RunLocked, TolariaError
+from tolaria.errors import PeerLost, RunLocked, TolariaError, WalError
 from tolaria.recovery.commit import Abandoned, Committer
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.retain import Retention
 from tolaria.recovery.staging import HostBuffers, Payload, Staged
+from tolaria.recovery.wal import Wal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,14 @@ class SaveOutcome:
 class _Save:
     """One save in flight. ``outcome`` or ``failure`` is set when it ends in a way that was foreseen."""
 
-    def __init__(self, committer: Committer, staged: Staged, started_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, committer: Committer, staged: Staged, retention: Retention, started_s: float, clock: Callable[[], float]
+    ) -> None:
         self.outcome: SaveOutcome | None = None
         self.failure: TolariaError | None = None
         self._committer = committer
         self._staged = staged
+        self._retention = retention
         self._started_s = started_s
         self._blocked_s = clock() - started_s
         self._clock = clock
@@ -55,13 +60,13 @@ class _Save:
 
     def _run(self) -> None:
         try:
-            committed = self._committer.commit(self._staged)
+            committed = self._committer.commit(self._staged, self._retention)
         except Abandoned as reason:
             if reason.taken_over:
                 self.failure = RunLocked(str(reason))
             else:
                 self.outcome = self._outcome(error=str(reason))
-        except PeerLost as error:
+        except (PeerLost, WalError) as error:
             self.failure = error
         else:
             self.outcome = self._outcome(
@@ -84,18 +89,22 @@ class CheckpointWriter:
     peers: collectives for the writer's thread alone; no other thread may use them while a save is in flight.
     check_owner: called on rank 0 before a save touches the disk and right before its commit; raises RunLocked
     when another start has taken the run over, RunDirError when that cannot be told.
+    wal: rank 0's log; a checkpoint counts when it is in there. retention: asked at the start of each save.
     Before the first save rank 0 holds the run's lock: what unfinished saves left under ``root`` is deleted.
     """
 
     def __init__(
         self, root: Path, *, run_id: str, generation: str, peers: Peers, fs: FileOps, keep: int,
         check_owner: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic,
+        wal: Wal | None = None, retention: Callable[[], Retention] = Retention,
     ) -> None:  # fmt: skip
         if keep < 1:
             raise ValueError(f"keep={keep}: expected 1 or more")
         self._committer = Committer(
-            root, run_id=run_id, generation=generation, peers=peers, fs=fs, keep=keep, check_owner=check_owner
-        )
+            root, run_id=run_id, generation=generation, peers=peers, fs=fs, keep=keep, check_owner=check_owner,
+            wal=wal,
+        )  # fmt: skip
+        self._retention = retention
         self._buffers = HostBuffers()
         self._clock = clock
         self._save: _Save | None = None
@@ -120,12 +129,13 @@ class CheckpointWriter:
         self._collect()
         started = self._clock()
         staged = self._buffers.stage(payload)
-        self._save = _Save(self._committer, staged, started, self._clock)
+        self._save = _Save(self._committer, staged, self._retention(), started, self._clock)
 
     def poll(self) -> list[SaveOutcome]:
         """The saves that ended since the last call. Local, does not block.
 
-        Raises PeerLost when a rank was lost during a save, RunLocked when another start owns the run now.
+        Raises PeerLost when a rank was lost during a save, RunLocked when another start owns the run now, WalError when
+        a checkpoint could not be logged.
         """
         self._collect()
         finished, self._outcomes = self._outcomes, []
