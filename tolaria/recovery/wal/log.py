@@ -175,8 +175,9 @@ class Wal:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._end, self._reserved = fd, 0, 0
-        self._write(WalKind.OPEN, encode_body(self._open_body))
+        # Before the first record: the seal may not name one whose file a power cut can still take away.
         self._fs.fsync_dir(self.root)
+        self._write(WalKind.OPEN, encode_body(self._open_body))
 
     def _write(self, kind: WalKind, body: bytes) -> None:
         raw = encode(WalRecord(self._lsn + 1, self._start, kind, body), self._prev)
