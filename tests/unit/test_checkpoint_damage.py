@@ -17,6 +17,7 @@ from tolaria.dist import Peers
 from tolaria.errors import CheckpointError
 from tolaria.recovery.checkpoint import CheckpointWriter, Loaded, Payload, load_newest, load_path
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.manifest import seal
 
 ALONE = Peers(None, 0, 1)
 SHARD, STATE, MANIFEST = "shard-00000.safetensors", "state-00000.json", "MANIFEST.json"
@@ -36,7 +37,7 @@ def root(tmp_path: Path) -> Path:
     return path
 
 
-def load(root: Path, reports: Reports, fs: FileOps | None = None, **options: bool) -> Loaded | None:
+def load(root: Path, reports: Reports, fs: FileOps | None = None, **options: Any) -> Loaded | None:
     return load_newest(root, ALONE, fs or FileOps(), report=lambda kind, info: reports.append((kind, info)), **options)
 
 
@@ -57,7 +58,8 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
     file = folder / MANIFEST
     document = json.loads(file.read_text())
     change(document)
-    file.write_text(json.dumps(document))
+    document.pop("checksum")
+    file.write_bytes(seal(document))
 
 
 def plant(folder: Path, name: str, content: bytes) -> None:
@@ -104,8 +106,7 @@ def test_a_damaged_file_sends_the_load_to_the_older_one(
     root: Path, name: str, damage: Callable[[bytes], bytes]
 ) -> None:
     file = root / "c1-s1" / name
-    # A manifest of which only the last newline is gone is still the whole manifest.
-    file.write_bytes(damage(file.read_bytes().rstrip()))
+    file.write_bytes(damage(file.read_bytes()))
     require_older_is_used(root, "c1-s1")
 
 
@@ -175,7 +176,7 @@ def test_a_whole_checkpoint_under_a_newer_name_is_refused(root: Path) -> None:
         (lambda d: d.update(world_size=True), "world_size"),
         (lambda d: d.update(step=-1), "step"),
         (lambda d: d.update(seq=1.5), "seq"),
-        (lambda d: d.update(format=2), "format"),
+        (lambda d: d.update(format=3), "format"),
         (lambda d: d.update(surprise=1), "surprise"),
         (lambda d: d.pop("state_digest"), "state_digest"),
         (lambda d: d["files"][SHARD].update(sha256="0" * 63), "sha256"),

@@ -54,6 +54,10 @@ class FileOps:
         """Write some of ``data`` from byte ``offset`` on and return how many bytes."""
         return os.pwrite(fd, data, offset)
 
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut an open file off behind ``size`` bytes."""
+        os.ftruncate(fd, size)
+
     def datasync(self, fd: int) -> None:
         """Make the content of an open file durable, and of its metadata what is needed to read it."""
         os.fdatasync(fd)

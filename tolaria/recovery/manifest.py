@@ -4,14 +4,16 @@ A manifest may come from elsewhere, so it is bounded in size, checked field by f
 the file names of a checkpoint follow from its world size alone.
 """
 
+import hashlib
+import json
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tolaria.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "MANIFEST.json"
 MANIFEST_MAX_BYTES = 1024 * 1024
 STATE_MAX_BYTES = 64 * 1024 * 1024
@@ -107,10 +109,17 @@ class Manifest(_Strict):
     state_digest: _Hex256
     files: dict[str, FileEntry]
     versions: dict[_Label, _Label]
+    checksum: _Hex256 = "0" * 64
 
     def to_bytes(self) -> bytes:
-        """The manifest as it is stored."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        """The manifest as it is stored, with its own checksum."""
+        return seal(self.model_dump(exclude={"checksum"}))
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """The one spelling of a manifest's content, its checksum included."""
+    plain = json.dumps(document, sort_keys=True).encode()
+    return json.dumps({**document, "checksum": hashlib.sha256(plain).hexdigest()}, indent=1).encode() + b"\n"
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -126,4 +135,6 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     if set(manifest.files) != expected:
         odd = sorted(set(manifest.files) ^ expected)[:3]
         raise CheckpointError(f"{where}: files: wrong names for {manifest.world_size} ranks, such as {odd}")
+    if manifest.to_bytes() != raw:
+        raise CheckpointError(f"{where}: checksum: it is not as it was written")
     return manifest

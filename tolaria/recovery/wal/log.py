@@ -183,9 +183,10 @@ class Wal:
         raw = encode(WalRecord(self._lsn + 1, self._start, kind, body), self._prev)
         needed = self._end + len(raw)
         if needed > self._reserved:
-            self._reserved = -(-needed // GROWTH_BYTES) * GROWTH_BYTES
-            self._fs.reserve(self._fd, self._reserved)
+            room = -(-needed // GROWTH_BYTES) * GROWTH_BYTES
+            self._fs.reserve(self._fd, room)
             self._fs.fsync(self._fd)
+            self._reserved = room
         self._fs.write_all_at(self._fd, raw, self._end)
         self._fs.datasync(self._fd)
         self._end, self._lsn, self._prev = needed, self._lsn + 1, link(raw)
@@ -193,7 +194,7 @@ class Wal:
 
     def _use_reserve(self) -> None:
         self.low_space = True
-        self._fs.write_all_at(self._fd, bytes(max(0, self._reserved - self._end)), self._end)
+        self._fs.truncate(self._fd, self._end)
         self._fs.fsync(self._fd)
         reserve = self.root / RESERVE
         if os.path.lexists(reserve):
