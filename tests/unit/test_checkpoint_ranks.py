@@ -7,6 +7,7 @@ tests look at that.
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -19,9 +20,10 @@ import torch.distributed as dist
 
 from tolaria.config import RunConfig
 from tolaria.dist import Peers
-from tolaria.errors import CheckpointError, PeerLost, RunDirError
+from tolaria.errors import CheckpointError, PeerLost, RunDirError, WalError
 from tolaria.recovery.checkpoint import CheckpointWriter, Payload, load_newest, load_path
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.wal import Wal
 from tolaria.rundir import open_run
 
 pytestmark = pytest.mark.processes
@@ -36,7 +38,13 @@ class Tricky(FileOps):
     def __init__(self) -> None:
         self.full_disk = False
         self.flip_in = ""
+        self.fail_sync = False
         self.fired = 0
+
+    def datasync(self, fd: int) -> None:
+        if self.fail_sync:
+            raise OSError(errno.EIO, "lost")
+        super().datasync(fd)
 
     def write(self, fd: int, data: memoryview) -> int:
         if self.full_disk:
@@ -67,6 +75,7 @@ class Rank:
         self.scratch = scratch
         self.root = scratch / "ckpt"
         self.training = training
+        self.background = background
         self.fs = Tricky()
         self.seen: dict[str, Any] = {}
         self.writer = CheckpointWriter(self.root, run_id="r", generation="g", peers=background, fs=self.fs, keep=3)
@@ -89,7 +98,7 @@ class Rank:
             "reports": reports,
         }
 
-    def open_run(self, scene: str, **options: str) -> None:
+    def open_run(self, scene: str, **options: Any) -> None:
         try:
             run = open_run(
                 RunConfig(root=str(self.scratch / "runs"), **options), self.training, generation=f"g-{scene}",
@@ -124,8 +133,49 @@ class Rank:
         self.open_run("open")
         self.open_run("open nonsense", resume=str(self.scratch / "nowhere"))
         self.save("third", payload(3, self.rank))
+        self.load_incomplete()
+        self.lose_log()
         if self.rank == 0:
             self.lose_peer()
+
+    def load_incomplete(self) -> None:
+        """A shard of one rank is missing, and one is of another checkpoint."""
+        missing, swapped = self.scratch / "missing", self.scratch / "swapped"
+        if self.rank == 0:
+            for place in (missing, swapped):
+                shutil.copytree(self.root / "c0-s1", place)
+            (missing / "shard-00001.safetensors").unlink()
+            (third,) = self.root.glob("c*-s3")
+            shutil.copy(third / "shard-00001.safetensors", swapped)
+        self.training.barrier()
+        for place in (missing, swapped):
+            try:
+                load_path(place, self.training, self.fs)
+            except CheckpointError as error:
+                self.seen[place.name] = str(error)
+
+    def lose_log(self) -> None:
+        """Rank 0 cannot log the second checkpoint."""
+        wal = None
+        if self.rank == 0:
+            wal, _ = Wal.open(
+                self.scratch / "wal", run_id="r", generation="g", facts={}, fs=self.fs, check_owner=lambda: None
+            )
+        logged = CheckpointWriter(
+            self.scratch / "logged", run_id="r", generation="g", peers=self.background, fs=self.fs, keep=3, wal=wal
+        )
+        for last in (False, True):
+            self.fs.fail_sync = last
+            logged.save(payload(1, self.rank))
+            assert logged.wait(DEADLINE_S)
+            try:
+                self.seen["logged"] = [outcome.error for outcome in logged.poll()]
+            except WalError as error:
+                self.seen["log lost"] = str(error)
+        self.fs.fail_sync = False
+        logged.close()
+        if wal is not None:
+            wal.close()
 
     def lose_peer(self) -> None:
         """The other rank leaves while this one saves."""
@@ -225,6 +275,20 @@ def test_another_number_of_ranks_loads_the_tensors_and_nobodys_own_part(
     assert loaded.tensors.keys() == expected.keys()
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in expected.items())
     assert loaded.local_tensors is None and loaded.local_meta is None
+
+
+def test_a_shard_that_is_missing_or_of_another_checkpoint_is_refused_by_both(seen: list[dict[str, Any]]) -> None:
+    for view in seen:
+        assert "shard-00001" in view["missing"] and "No such file" in view["missing"]
+        assert "shard-00001" in view["swapped"] and "sha256" in view["swapped"]
+
+
+def test_a_checkpoint_that_rank_0_cannot_log_stops_both(scratch: Path, seen: list[dict[str, Any]]) -> None:
+    for view in seen:
+        assert view["logged"] == [None]
+    assert "nothing more may take effect" in seen[0]["log lost"]
+    assert "rank 0 cannot write its log" in seen[1]["log lost"]
+    assert len(os.listdir(scratch / "logged")) == 2, "it is whole on the disk, and the next start may use it"
 
 
 def test_a_rank_that_leaves_during_a_save_is_an_error_of_its_own_kind(seen: list[dict[str, Any]]) -> None:

@@ -9,10 +9,12 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from tolaria.dist import Peers
@@ -27,7 +29,6 @@ _DAMAGE = frozenset({
 })  # fmt: skip
 _GOOD, _REFUSED, _DAMAGED, _UNREADABLE, _LOG_LOST = range(5)
 _SHA = struct.Struct("!4q")
-
 
 Accept: TypeAlias = Callable[[int, int, int | None], bool]
 """Whether (seq, step, branch) may be used; the branch is None as long as the checkpoint is not read."""
@@ -211,8 +212,7 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     local_meta: dict[str, Any] | None = None
     first_meta: dict[str, Any] = {}
     same_world = manifest.world_size == peers.world_size
-    for rank in range(manifest.world_size):
-        shard = _shard(path, rank, manifest, fs)
+    for rank, shard in enumerate(_shards(path, manifest, fs)):
         local = {n.removeprefix(LOCAL): shard.pop(n) for n in list(shard) if n.startswith(LOCAL)}
         tensors |= _replicated(shard, tensors, path / layout.shard_name(rank))
         replicated_meta, rank_meta = _state(path, rank, manifest, fs)
@@ -250,6 +250,14 @@ def _verified(path: Path, entry: layout.FileEntry, max_bytes: int, fs: FileOps) 
     if hashlib.sha256(raw).hexdigest() != entry.sha256:
         raise CheckpointError(f"{path}: sha256 is not the one in the manifest")
     return raw
+
+
+def _shards(path: Path, manifest: layout.Manifest, fs: FileOps) -> list[dict[str, Tensor]]:
+    # Every rank checks every byte that it uses: that another rank read the same file well says nothing about its own
+    # disk and memory. Hashing, which is most of it, leaves the interpreter lock, so files go side by side.
+    workers = min(manifest.world_size, torch.get_num_threads())
+    with ThreadPoolExecutor(workers, thread_name_prefix="read-checkpoint") as pool:
+        return list(pool.map(lambda rank: _shard(path, rank, manifest, fs), range(manifest.world_size)))
 
 
 def _shard(path: Path, rank: int, manifest: layout.Manifest, fs: FileOps) -> dict[str, Tensor]:
