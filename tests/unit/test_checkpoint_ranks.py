@@ -52,11 +52,11 @@ class Tricky(FileOps):
             raise OSError(errno.ENOSPC, "full")
         return super().write(fd, data)
 
-    def read_file(self, path: Path, max_bytes: int) -> bytes:
-        raw = super().read_file(path, max_bytes)
+    def read_memory(self, path: Path, max_bytes: int) -> memoryview:
+        raw = super().read_memory(path, max_bytes)
         if path.name == self.flip_in and path.parent.name == "c2-s2":
             self.fired += 1
-            return raw[:-1] + bytes([raw[-1] ^ 1])
+            raw[-1] ^= 1
         return raw
 
 

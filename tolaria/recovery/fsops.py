@@ -9,9 +9,11 @@ Nothing follows a symbolic link in the last component of a path, new directories
 """
 
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,6 +25,14 @@ DIRECTORY_MODE = 0o700
 WRITE_PIECE_BYTES = 8 * 1024 * 1024
 # Linux moves at most 0x7ffff000 bytes per read.
 READ_PIECE_BYTES = 1024 * 1024 * 1024
+
+
+def fresh_memory(size: int) -> mmap.mmap:
+    """Memory for one large thing. Its pages are large ones where the system has them: touching is most of the cost."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class FileOps:
@@ -178,7 +188,11 @@ class FileOps:
     # --- reading --------------------------------------------------------------------------------------------
 
     def read_file(self, path: Path, max_bytes: int) -> bytes:
-        """The content of a regular file.
+        """The content of a regular file. Raises as `read_memory`."""
+        return bytes(self.read_memory(path, max_bytes))
+
+    def read_memory(self, path: Path, max_bytes: int) -> memoryview:
+        """The content of a regular file in memory of its own, read once and never copied.
 
         Raises OSError EFBIG, before anything is read, when it is longer than ``max_bytes``; ELOOP for a symbolic
         link; EINVAL for a pipe, device or directory.
@@ -191,18 +205,17 @@ class FileOps:
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             if status.st_size > max_bytes:
                 raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {max_bytes} accepted", str(path))
-            pieces = []
-            remaining = status.st_size
-            while remaining and (piece := self.read(fd, min(remaining, READ_PIECE_BYTES))):
-                pieces.append(piece)
-                remaining -= len(piece)
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            view = memoryview(fresh_memory(status.st_size)) if status.st_size else memoryview(b"")
+            done = 0
+            while done < len(view) and (count := self.read_into(fd, view[done : done + READ_PIECE_BYTES])):
+                done += count
+            return view[:done]
         finally:
             os.close(fd)
 
-    def read(self, fd: int, size: int) -> bytes:
-        """Read at most ``size`` bytes (a primitive, like the writing ones)."""
-        return os.read(fd, size)
+    def read_into(self, fd: int, into: memoryview) -> int:
+        """Read some bytes and return how many (a primitive, like the writing ones)."""
+        return os.readv(fd, [into])
 
     def list_dir(self, path: Path) -> list[str]:
         """The names in a directory, sorted."""

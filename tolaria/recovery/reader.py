@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _DAMAGE = frozenset({
 })  # fmt: skip
 _GOOD, _REFUSED, _DAMAGED, _UNREADABLE, _LOG_LOST = range(5)
 _SHA = struct.Struct("!4q")
+Content = TypeVar("Content", bytes, memoryview)
 
 Accept: TypeAlias = Callable[[int, int, int | None], bool]
 """Whether (seq, step, branch) may be used; the branch is None as long as the checkpoint is not read."""
@@ -202,7 +203,7 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     """Read and verify every file of a checkpoint on this rank. Local. Also the sha256 of its manifest."""
     if not fs.is_dir(path):
         raise CheckpointError(f"{path}: not a directory")
-    raw = _file(path / layout.MANIFEST_NAME, layout.MANIFEST_MAX_BYTES, fs)
+    raw = _file(path / layout.MANIFEST_NAME, layout.MANIFEST_MAX_BYTES, fs.read_file)
     manifest = layout.parse_manifest(raw, str(path / layout.MANIFEST_NAME))
     if expected is not None and (manifest.seq, manifest.step) != expected:
         raise CheckpointError(f"{path}: holds the manifest of c{manifest.seq}-s{manifest.step}")
@@ -213,7 +214,8 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     first_meta: dict[str, Any] = {}
     same_world = manifest.world_size == peers.world_size
     for rank, shard in enumerate(_shards(path, manifest, fs)):
-        local = {n.removeprefix(LOCAL): shard.pop(n) for n in list(shard) if n.startswith(LOCAL)}
+        # Small, and copied: they must not keep a whole shard in memory.
+        local = {n.removeprefix(LOCAL): shard.pop(n).clone() for n in list(shard) if n.startswith(LOCAL)}
         tensors |= _replicated(shard, tensors, path / layout.shard_name(rank))
         replicated_meta, rank_meta = _state(path, rank, manifest, fs)
         if rank == 0:
@@ -231,20 +233,20 @@ def _read(path: Path, expected: tuple[int, int] | None, peers: Peers, fs: FileOp
     return loaded, hashlib.sha256(raw).digest()
 
 
-def _file(path: Path, max_bytes: int, fs: FileOps) -> bytes:
+def _file(path: Path, max_bytes: int, read: Callable[[Path, int], Content]) -> Content:
     try:
-        return fs.read_file(path, max_bytes)
+        return read(path, max_bytes)
     except OSError as error:
         if error.errno in _DAMAGE:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
         raise _Unreadable(f"{path}: {error.strerror or error}") from error
 
 
-def _verified(path: Path, entry: layout.FileEntry, max_bytes: int, fs: FileOps) -> bytes:
+def _verified(path: Path, entry: layout.FileEntry, max_bytes: int, read: Callable[[Path, int], Content]) -> Content:
     """The bytes of a file that are exactly those the manifest names."""
     if entry.size > max_bytes:
         raise CheckpointError(f"{path}: the manifest announces {entry.size} bytes, at most {max_bytes} accepted")
-    raw = _file(path, entry.size, fs)
+    raw = _file(path, entry.size, read)
     if len(raw) != entry.size:
         raise CheckpointError(f"{path}: {len(raw)} bytes, the manifest says {entry.size}")
     if hashlib.sha256(raw).hexdigest() != entry.sha256:
@@ -264,14 +266,14 @@ def _shard(path: Path, rank: int, manifest: layout.Manifest, fs: FileOps) -> dic
     file = path / layout.shard_name(rank)
     # A file that does not fit into this machine's memory cannot be one of its shards.
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return parse_shard(_verified(file, manifest.files[file.name], limit, fs), str(file))
+    return parse_shard(_verified(file, manifest.files[file.name], limit, fs.read_memory), str(file))
 
 
 def _state(
     path: Path, rank: int, manifest: layout.Manifest, fs: FileOps
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     file = path / layout.state_name(rank)
-    raw = _verified(file, manifest.files[file.name], layout.STATE_MAX_BYTES, fs)
+    raw = _verified(file, manifest.files[file.name], layout.STATE_MAX_BYTES, fs.read_file)
     return parse_state(raw, rank, manifest.seq, manifest.step, str(file))
 
 

@@ -1,20 +1,20 @@
 """The two files that each rank puts into a checkpoint: tensors in safetensors form, the rest as JSON.
 
-The writing side streams the staged tensors behind a header of its own making: the library's writer would build
-a second copy of the whole shard in memory, or open the file itself. The reading side is the library's, on bytes
-whose sha256 was verified before.
+Writing streams the staged tensors behind a header of our own making, reading leaves them where the file was read to:
+the library would build a second copy of the whole shard in memory either way, or open the file itself, unverified.
 """
 
 import heapq
 import json
+import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import safetensors
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from tolaria.errors import CheckpointError
@@ -39,8 +39,19 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_Count = Annotated[int, Field(ge=0, lt=2**48)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    dtype: str
+    shape: Annotated[list[_Count], Field(max_length=64)]
+    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+_Table = TypeAdapter(dict[str, _Entry])
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -55,6 +66,11 @@ def dtype_name(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in _DTYPE_NAMES:
         raise ValueError(f"tensor {name!r} has type {tensor.dtype}; can be saved: {', '.join(_DTYPES)}")
     return _DTYPE_NAMES[tensor.dtype]
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """The type for one of the format's words, None for another word."""
+    return _DTYPES.get(name)
 
 
 def assign_to_ranks(tensors: Mapping[str, Tensor], world_size: int) -> list[list[str]]:
@@ -106,24 +122,42 @@ def build_shard(tensors: Mapping[str, Tensor]) -> Shard:
     return Shard(header, tuple((name, tensors[name]) for name in order), len(header) + offset)
 
 
-def parse_shard(raw: bytes, where: str) -> dict[str, Tensor]:
-    """Tensors of a shard whose hash was verified, as fresh CPU tensors. Raises CheckpointError."""
+def parse_shard(raw: memoryview, where: str) -> dict[str, Tensor]:
+    """Tensors of a shard whose hash was verified: views into ``raw``, which they keep alive. Raises CheckpointError."""
     length = _LENGTH.unpack_from(raw)[0] if len(raw) >= _LENGTH.size else -1
     if not 0 <= length <= min(HEADER_MAX_BYTES, len(raw) - _LENGTH.size):
         raise CheckpointError(f"{where}: header of {length} bytes in a file of {len(raw)}")
+    begin = _LENGTH.size + length
     try:
-        entries = _deserialize(raw)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        table = _Table.validate_json(bytes(raw[_LENGTH.size : begin]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise CheckpointError(f"{where}: {'.'.join(str(p) for p in first['loc'])[:80]}: {first['msg']}") from error
     tensors: dict[str, Tensor] = {}
-    for name, entry in entries:
-        dtype = _DTYPES.get(entry["dtype"])
+    expected = 0
+    for name, entry in sorted(table.items(), key=lambda item: item[1].data_offsets):
+        dtype = named_dtype(entry.dtype)
         if dtype is None or not _TENSOR_NAME.fullmatch(name):
-            raise CheckpointError(f"{where}: tensor {name[:80]!r} of type {entry['dtype']!r} is not accepted")
-        data = entry["data"]
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.reshape(entry["shape"])
+            raise CheckpointError(f"{where}: tensor {name[:80]!r} of type {entry.dtype[:80]!r} is not accepted")
+        start, end = entry.data_offsets
+        count = math.prod(entry.shape)
+        if start != expected or end - start != count * dtype.itemsize:
+            raise CheckpointError(f"{where}: tensor {name[:80]!r} of shape {entry.shape[:8]} at bytes {start} to {end}")
+        if end > len(raw) - begin:
+            raise CheckpointError(f"{where}: tensor {name[:80]!r} ends behind the end of the file")
+        tensors[name] = _tensor(raw[begin + start : begin + end], dtype, aligned=(begin + start) % dtype.itemsize == 0)
+        tensors[name] = tensors[name].reshape(entry.shape)
+        expected = end
+    if begin + expected != len(raw):
+        raise CheckpointError(f"{where}: {len(raw) - begin - expected} bytes belong to no tensor")
     return tensors
+
+
+def _tensor(data: memoryview, dtype: torch.dtype, *, aligned: bool) -> Tensor:
+    if not data:
+        return torch.empty(0, dtype=dtype)
+    # `build_shard` aligns everything; another writer of the format need not.
+    return torch.frombuffer(data if aligned else bytearray(data), dtype=dtype)
 
 
 def encode_json(value: Mapping[str, Any], what: str) -> bytes:
