@@ -5,16 +5,21 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from tolaria.alarm import Alarm
+from tolaria.comeback import Comeback
 from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world
-from tolaria.errors import ConfigError, RunDirError, TolariaError
-from tolaria.finish import conclude, start_info
+from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
+from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
+from tolaria.guard import Guard
 from tolaria.hardware import hardware_context
 from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
@@ -22,10 +27,17 @@ from tolaria.objective import Batch
 from tolaria.options import to_toml
 from tolaria.process import StopFlag, agent_id
 from tolaria.record import RunRecord
-from tolaria.recovery.checkpoint import CheckpointWriter, Loaded, load_newest, load_path
+from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.fsops import FileOps
+from tolaria.recovery.journal import Journal
+from tolaria.recovery.page import Phase
+from tolaria.recovery.sentinel import Sentinel
+from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.replica import Replica
+from tolaria.restore import check_facts, check_start, facts_of, find_state, open_journal
+from tolaria.rollback import Rollback
 from tolaria.rundir import RunDir, open_run
+from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState, load_rng_tensors, rng_tensors, seed_rank
 from tolaria.step import TrainStep
@@ -36,6 +48,7 @@ from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
+from tolaria.watch import watch_ranks
 
 NO_POLICY = "none"
 
@@ -62,12 +75,27 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         cleanup.callback(events.close)
         try:
             trainer = _assemble(config, task, world, run, events, progress, stop, cleanup)
-            outcome = trainer.run()
-            return conclude(outcome, trainer, world, run)
+            return _run(trainer, world, run)
         except TolariaError as error:
             trace = "".join(traceback.format_exception(error))[-8000:]
             events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)
             raise
+
+
+def _run(trainer: Trainer, world: World, run: RunDir) -> RunSummary:
+    """Train; the summary is written also when the run gives up. Only a run that ends well leaves no snapshot behind."""
+    try:
+        outcome = trainer.run()
+    except TrainingUnstable:
+        conclude(UNSTABLE, trainer, world, run)
+        raise
+    except RunHalted:
+        conclude(HALTED, trainer, world, run)
+        raise
+    summary = conclude(outcome, trainer, world, run)
+    trainer.parts.guard.ring.close(remove=True)
+    trainer.parts.guard.journal.ended()
+    return summary
 
 
 def _join(config: Config, cleanup: ExitStack) -> World:
@@ -99,26 +127,42 @@ def _assemble(
     replica = Replica(state, world, config, events)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress)
+    facts = facts_of(config, make_task, world)
     if world.is_coordinator:
         _write_config(config, run)
         progress.start(start_info(config, state, world, run))
     events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
                 parameters=state.parameter_count, versions=versions(), optimizer=optim.name)  # fmt: skip
-    loaded = _load(run, world, events, progress)
-    if loaded is not None:
-        state.load(loaded.tensors, loaded.meta)
+    ring = _ring(config, world, run, events, cleanup)
+    journal = open_journal(config, world, run, facts)
+    if journal.wal is not None:
+        cleanup.callback(journal.wal.close)
+    saved = find_state(config, world, run, journal, events, progress)
+    if saved is not None:
+        check_facts(saved.first_meta["facts"], facts, accept=config.run.accept_changes, events=events)
+        state.load(saved.tensors, saved.meta)
+    branch = saved.branch if saved is not None else 0
+    check_start(journal, world, step=state.step, branch=branch, agent=agent_id(), restarted=run.restarted)
     replica.rebuild(first=True)
     evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
     # Before the random streams are set: a user's data may draw from any of them.
     evaluator.rehearse()
-    if loaded is None or loaded.local_tensors is None:
+    if saved is None or saved.local_tensors is None:
         seed_rank(config.run.seed, state.step, world.global_rank)
     else:
-        load_rng_tensors(loaded.local_tensors, world.device)
+        load_rng_tensors(saved.local_tensors, world.device)
     sample = _sampling(loader, config.train.batch_size)
-    coordinator = _coordinator(config, state, replica, world, run, events, cleanup, sample)
+    page = watch_ranks(config, world, run, events, cleanup)
+    coordinator = _coordinator(config, state, replica, world, run, events, journal, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
+    page.enter(Phase.COMPILE, state.step)
     replica.warm_up(sample())
+    sentinel = Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20)
+    guard = Guard(config.recovery, state, world, events, ring=ring, journal=journal, sentinel=sentinel)
+    rollback = Rollback(
+        state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
+        sample=sample,
+    )  # fmt: skip
     trainer = Trainer(
         Parts(
             config=config,
@@ -129,40 +173,25 @@ def _assemble(
             step=TrainStep(state, replica, events, clip_norm=config.train.clip_norm, debug=config.train.debug),
             evaluator=evaluator,
             coordinator=coordinator,
-            writer=_writer(config, world, run, cleanup),
+            guard=guard,
+            comeback=Comeback(config.recovery, state, world, events, guard=guard, rollback=rollback, ring=ring,
+                              journal=journal, branch=branch),
+            saver=Saver(config, world, state, replica, record, journal=journal, page=page,
+                        writer=_writer(config, world, run, journal, cleanup)),
+            alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
+                        signals=coordinator.signals),
             record=record,
             events=events,
             metrics=_metrics(world, run, cleanup),
             progress=progress,
             stop=stop,
+            facts=facts,
         )
-    )
-    if loaded is not None:
-        trainer.load_local_meta(loaded.local_meta, loaded.first_meta)
+    )  # fmt: skip
+    if saved is not None:
+        trainer.load_local_meta(saved.local_meta, saved.first_meta)
     record.counters["restarts"] += run.restarted
     return trainer
-
-
-def _load(run: RunDir, world: World, events: EventLog, progress: Progress) -> Loaded | None:
-    if run.resume is None:
-        return None
-
-    def report(kind: str, details: dict[str, Any]) -> None:
-        events.emit(kind, "error", **details)
-        progress.note(f"{details['path']} is damaged ({details['reason']}); trying the one before", label="ckpt",
-                      level="error")  # fmt: skip
-
-    fs = FileOps()
-    if run.resume.is_checkpoint:
-        loaded: Loaded | None = load_path(run.resume.path, world.peers, fs)
-    else:
-        own = run.resume.path == run.checkpoints
-        loaded = load_newest(run.resume.path, world.peers, fs, report=report, quarantine=own)
-    if loaded is not None:
-        events.emit("resumed", path=str(loaded.path), seq=loaded.seq, saved_step=loaded.step,
-                    saved_world_size=loaded.world_size, local_state=loaded.local_meta is not None)  # fmt: skip
-        progress.note(f"{loaded.path.name} of {loaded.path.parent.parent}", label="resumed")
-    return loaded
 
 
 def _sampling(loader: Loader, batch_size: int) -> Callable[[], Batch]:
@@ -187,6 +216,7 @@ def _coordinator(
     world: World,
     run: RunDir,
     events: EventLog,
+    journal: Journal,
     cleanup: ExitStack,
     sample: Callable[[], Batch],
 ) -> Coordinator:
@@ -201,6 +231,7 @@ def _coordinator(
             revive = embedded.revive
             where = {"endpoint": embedded.endpoint, "key_file": embedded.key_file}
         client = open_client(config.tamiyo, run_id=run.run_id, generation=world.generation, **where)
+        client.signal_mark = journal.last_signal_mark
         cleanup.callback(client.close)
     facts = RunFacts(
         run_id=run.run_id,
@@ -209,14 +240,28 @@ def _coordinator(
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
     return Coordinator(
-        state, replica, world, config.tamiyo, events, facts=facts, client=client, revive=revive, sample=sample
-    )
+        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=client, revive=revive,
+        sample=sample, rest_boundaries=config.recovery.command_boundaries,
+    )  # fmt: skip
 
 
-def _writer(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> CheckpointWriter:
+def _ring(config: Config, world: World, run: RunDir, events: EventLog, cleanup: ExitStack) -> SnapshotRing:
+    recovery = config.recovery
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = recovery.snapshot_memory_mb * 2**20 or psutil.virtual_memory().available // 2 // local_ranks
+    ring = SnapshotRing(
+        run_id=run.run_id, generation=world.generation, rank=world.global_rank, run_dir=run.path,
+        slots=recovery.snapshots, limit_bytes=limit, directory=Path(recovery.snapshot_dir),
+        pinned=world.device.type == "cuda",
+    )  # fmt: skip
+    cleanup.callback(ring.close, remove=False)
+    return ring
+
+
+def _writer(config: Config, world: World, run: RunDir, journal: Journal, cleanup: ExitStack) -> CheckpointWriter:
     writer = CheckpointWriter(
         run.checkpoints, run_id=run.run_id, generation=world.generation, peers=world.background, fs=FileOps(),
-        keep=config.checkpoint.keep, check_owner=run.check_owner,
+        keep=config.checkpoint.keep, check_owner=run.check_owner, wal=journal.wal, retention=journal.retention,
     )  # fmt: skip
     cleanup.callback(writer.close)
     return writer

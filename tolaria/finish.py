@@ -13,6 +13,9 @@ from tolaria.telemetry.progress import StartInfo
 from tolaria.telemetry.summary import RunSummary, latency_split, versions, write_summary
 from tolaria.telemetry.words import short_path
 
+UNSTABLE = "unstable"
+HALTED = "halted"
+
 
 def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> StartInfo:
     """The head of the progress output."""
@@ -70,6 +73,7 @@ def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests:
         parameters_end=state.parameter_count,
         seeds=record.seeds(),
         commands=list(parts.coordinator.ledger.records.values()),
+        incidents=parts.comeback.incidents,
         boundaries=state.boundary,
         latency_ms=latency_split(record.latencies),
         mode=state.mode.name,

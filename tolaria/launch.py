@@ -4,8 +4,9 @@
     python -m tolaria.launch --config ...                                                 one process, compiled
     python -m tolaria.launch --config ... --debug                                         one process, eager, checked
 
-Exit codes: 0 finished, or stopped on request with a checkpoint; 2 configuration or task; 70 ranks differ; 71 a rank
-was lost; 73 run directory; 74 checkpoint; 75 run directory in use. torchrun itself reports 1 for any of them.
+Exit codes: 0 finished, or stopped on request with a checkpoint; 2 configuration or task; 65 going back did not help;
+69 halted, or died three times at one step; 70 ranks differ; 71 a rank was lost; 73 run directory; 74 checkpoint or log
+of decisions; 75 run directory in use. torchrun itself reports 1 for any of them.
 """
 
 import os

@@ -2,35 +2,41 @@
 
 for every epoch
     for every group of microbatches                       tolaria/data.py
-        fence opens     flags of all ranks, in flight while the step computes
-        step            forward, backward, clip, verdict, update        tolaria/step.py
+        fence opens     flags and loss of all ranks, in flight while the step computes
+        step            forward, backward, clip, verdict                tolaria/step.py
         fence closes    one verdict for all ranks                       tolaria/fence.py
+                        update
         boundary due?   measure -> policy -> decision -> apply          tolaria/measure.py, coordinator/
-                        -> checkpoint due? -> telemetry
+                        -> checkpoint due? -> telemetry                 tolaria/saving.py
+        sound?          spike, NaN, drift, collapse, emergency          tolaria/guard.py
+                        -> snapshot due?      or back to an earlier one tolaria/comeback.py
         stop asked?     one agreed checkpoint, then leave
 one last boundary, one last checkpoint, digests of all ranks compared
 """
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
-
+from tolaria.alarm import HALT, Alarm
+from tolaria.comeback import Comeback
 from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator
-from tolaria.data import Loader
+from tolaria.data import Loader, Window
 from tolaria.dist import World
-from tolaria.errors import CheckpointError
-from tolaria.fence import Fence
+from tolaria.fence import Fence, Verdict
+from tolaria.guard import Guard
 from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.process import StopFlag
 from tolaria.record import RunRecord
-from tolaria.recovery.checkpoint import CheckpointWriter, Payload
+from tolaria.recovery.autopilot import Incident
+from tolaria.recovery.checkpoint import Payload
+from tolaria.recovery.page import Phase
+from tolaria.saving import Saver
 from tolaria.state import HOST_GROUP, TrainState, rng_tensors
 from tolaria.step import StepResult, TrainStep
 from tolaria.task import Task
@@ -55,12 +61,16 @@ class Parts:
     step: TrainStep
     evaluator: Evaluator
     coordinator: Coordinator
-    writer: CheckpointWriter
+    guard: Guard
+    comeback: Comeback
+    saver: Saver
+    alarm: Alarm
     record: RunRecord
     events: EventLog
     metrics: MetricsLog | None
     progress: Progress
     stop: StopFlag
+    facts: Mapping[str, Any]
 
 
 class Trainer:
@@ -77,36 +87,95 @@ class Trainer:
     def run(self) -> str:
         """Train to the end or until asked to stop; returns FINISHED or STOPPED. The last checkpoint is committed.
 
-        Raises PeerLost, CheckpointError when the last checkpoint could not be written, ReplicaMismatch.
+        Raises PeerLost, CheckpointError when the last checkpoint could not be written, ReplicaMismatch, WalError,
+        TrainingUnstable, RunHalted.
         """
+        parts, state, guard = self.parts, self.state, self.parts.guard
         outcome = FINISHED
+        self._begin()
         while outcome == FINISHED and not self._done():
-            for group in self._groups():
+            for window, group in self._groups():
                 # ------------------------------------------------------------------------------------------
-                self.fence.open(stop_signal=self._signal())
-                result = self.parts.step(group, self.fence.close)
-                verdict = result.verdict
-                epoch_ended = self.state.after_step(taken=result.taken)
+                parts.alarm.page.enter(Phase.STEP, state.step)
+                self.fence.open(stop_signal=self._signal(), level=parts.alarm.level(), loss=guard.loss)
+                result = parts.step(group, self._close_fence)
+                incident = guard.judge(result.verdict)
+                epoch_ended = state.after_step(taken=result.taken)
                 # ------------------------------------------------------------------------------------------
+                guard.stepped(window=window, taken=result.taken, loss=result.value)
                 self._count(result)
-                if self._boundary_due(epoch_ended):
-                    self._boundary()
-                if verdict.stop_signal:
+                if incident is None and self._boundary_due(epoch_ended):
+                    incident = self._boundary()
+                incident = incident or guard.check(self._payload)
+                if incident is not None:
+                    self._go_back(incident)
+                    break
+                if result.verdict.stop_signal:
                     outcome = STOPPED
-                    self._stop_asked(verdict.stop_signal)
+                    self._stop_asked(result.verdict.stop_signal)
                     break
-                if epoch_ended or self._done():
+                if self._take_effects() or epoch_ended or self._done():
                     break
-        if outcome == FINISHED and self._last_boundary_step != self.state.step:
+        if outcome == FINISHED and self._last_boundary_step != state.step:
             self._boundary()
-        self._save_last()
+        parts.saver.save_last(self._payload)
         return outcome
 
-    def _groups(self) -> Iterator[list[Batch]]:
+    def _begin(self) -> None:
+        """The first snapshot, so that there is always one to go back to, and what the log has for this step."""
+        if self.parts.config.recovery.snapshot_steps:
+            self.parts.guard.snapshot(self._payload())
+            self.parts.comeback.forget_earlier_starts()
+        self._take_effects()
+
+    def _close_fence(self) -> Verdict:
+        verdict = self.fence.close()
+        if verdict.level == HALT:
+            self.parts.alarm.freeze(self._save_newest_snapshot)
+        return verdict
+
+    def _save_newest_snapshot(self) -> None:
+        """Make the newest snapshot durable: the state in hand is in the middle of a step."""
+        payload = self.parts.comeback.newest_payload()
+        self.parts.saver.finish()
+        if payload is not None and payload.step > self.parts.record.checkpoint_step:
+            self.parts.saver.save_now(payload)
+
+    # Going back
+
+    def _go_back(self, incident: Incident | None) -> None:
+        """Return to an earlier state, and once more if its first boundary is no better."""
+        parts = self.parts
+        while incident is not None:
+            parts.alarm.page.enter(Phase.RESTORE, self.state.step)
+            parts.saver.finish()
+            came = parts.comeback.go_back(incident)
+            if came is None:
+                return
+            saved = came.local_meta if came.local_meta is not None else came.first_meta
+            if came.local_meta is not None:
+                self.meters.load_state_dict(came.local_meta["meters"])
+            self._last_boundary_step = int(saved["last_boundary_step"])
+            parts.coordinator.went_back(saved["coordinator"], came.text)
+            parts.record.went_back(saved["record"], came.text)
+            if incident.cause == "emergency":
+                parts.alarm.answered(incident.level)
+            parts.events.step = self.state.step
+            incident = self._boundary() if came.epoch_ended and self._boundary_due(True) else None
+
+    def _take_effects(self) -> bool:
+        """On the way again through what was logged: do what a return to this step decided. True if there was one."""
+        ended = self.parts.comeback.take_effects()
+        if ended and self._boundary_due(True):
+            self._go_back(self._boundary())
+        return ended is not None
+
+    def _groups(self) -> Iterator[tuple[Window, list[Batch]]]:
+        """The microbatches of each step to the end of the epoch, with the samples that they are of all ranks."""
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
-        while group := list(islice(batches, sampler.accumulation)):
-            yield group
+        while (window := sampler.window) is not None and (group := list(islice(batches, sampler.accumulation))):
+            yield window, group
 
     def _done(self) -> bool:
         config = self.parts.config.train
@@ -116,6 +185,8 @@ class Trainer:
 
     def _signal(self) -> int:
         name = self.parts.stop.signal_name
+        if name is None and self.parts.guard.journal.low_space:
+            name = signal.SIGTERM.name  # the log lives on its reserve: save and stop while that is possible
         return int(signal.Signals[name]) if name is not None else 0
 
     def _stop_asked(self, number: int) -> None:
@@ -153,8 +224,11 @@ class Trainer:
         every = self.parts.config.train.boundary_steps
         return self.state.step % every == 0 if every else epoch_ended
 
-    def _boundary(self) -> None:
+    def _boundary(self) -> Incident | None:
+        """One boundary. An incident when its validation is none to go on from; then the policy is not asked."""
         parts, state = self.parts, self.state
+        parts.alarm.page.enter(Phase.BOUNDARY, state.step)
+        parts.alarm.at_boundary()
         state.boundary += 1
         self._last_boundary_step = state.step
         for slot, before, after in state.kasmina.tick(state.left_overs):
@@ -163,52 +237,25 @@ class Trainer:
         report = parts.evaluator.measure(self.meters)
         measure_ms = (time.perf_counter() - start) * 1e3
         self.meters.reset()
+        incident = parts.guard.boundary(report)
+        if incident is not None:
+            return incident
         applied = parts.coordinator.exchange(report)
-        self._collect_saves()
+        parts.saver.collect()
         parts.record.boundary(report, applied, measure_ms)
-        every = parts.config.checkpoint.every
-        if every and state.boundary % every == 0:
-            self._save_unless_busy()
+        if applied.structure_changed:
+            parts.guard.structure_changed()
+        if applied.go_back is not None:
+            return parts.guard.commanded(applied.go_back)
+        parts.saver.save_if_due(self._payload)
+        return None
 
-    # Checkpoints
-
-    def _save_unless_busy(self) -> None:
-        busy = torch.tensor([int(self.parts.writer.in_flight)])
-        # Ranks may see the end of a save at different moments; the skip must be everybody's.
-        if self.parts.world.peers.max(busy).item():
-            self.parts.record.counters["checkpoints_skipped"] += 1
-            self.parts.events.emit("checkpoint_skipped", "warning", reason="the one before is still being written")
-            return
-        self._collect_saves()
-        self.parts.writer.save(self._payload())
-
-    def _save_last(self) -> None:
-        if self._finish_save() is None and self.parts.record.checkpoint_step == self.state.step:
-            return
-        self.parts.evaluator.replica.synchronise_buffers()
-        self.parts.writer.save(self._payload())
-        failed = self._finish_save()
-        if failed is not None:
-            raise CheckpointError(f"the last checkpoint was not written: {failed}")
-
-    def _finish_save(self) -> str | None:
-        """Wait for the save in flight; its error, None when it was committed or there was none."""
-        limit_s = self.parts.config.dist.timeout_s
-        if not self.parts.writer.wait(limit_s):
-            raise CheckpointError(f"a checkpoint was still being written after {limit_s:g} s (dist.timeout_s)")
-        return self._collect_saves()
-
-    def _collect_saves(self) -> str | None:
-        """Record finished saves; the newest one's error, None when it was committed or there is none."""
-        error = None
-        for outcome in self.parts.writer.poll():
-            self.parts.record.saved(outcome, is_coordinator=self.parts.world.is_coordinator)
-            error = outcome.error
-        return error
+    # What a checkpoint or a snapshot holds
 
     def _payload(self) -> Payload:
         return Payload(
             step=self.state.step,
+            branch=self.parts.comeback.branch,
             tensors=self.state.tensors(),
             meta=self.state.meta(),
             local_tensors=rng_tensors(self.parts.world.device),
@@ -221,6 +268,8 @@ class Trainer:
             "last_boundary_step": self._last_boundary_step,
             "coordinator": self.parts.coordinator.state_dict(),
             "record": self.parts.record.state_dict(),
+            "guard": self.parts.guard.state_dict(),
+            "facts": self.parts.facts,
         }
 
     def load_local_meta(self, own: dict[str, Any] | None, first: dict[str, Any]) -> None:
@@ -235,3 +284,4 @@ class Trainer:
         self._last_boundary_step = int(saved["last_boundary_step"])
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])
+        self.parts.guard.load_state_dict(saved["guard"], whole=own is not None)

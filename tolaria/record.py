@@ -143,10 +143,20 @@ class RunRecord:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+    def went_back(self, saved: Mapping[str, Any], text: str) -> None:
+        """Forget the scores of what was undone; what was counted and timed stays."""
+        self._load_scores(saved)
+        # The newest checkpoint may be one of those that were undone; the last save must not take it for its own.
+        self.checkpoint, self.checkpoint_step = None, -1
+        self.progress.note(text, label="back", level="warning")
+
+    def _load_scores(self, saved: Mapping[str, Any]) -> None:
         for name, score in saved["scores"].items():
             setattr(self, name, _score_from_json(score))
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._load_scores(saved)
         self.parameters_start = int(saved["parameters_start"])
         self.latencies = [dict(entry) for entry in saved["latencies"]]
         self.counters.update(saved["counters"])

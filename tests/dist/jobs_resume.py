@@ -133,9 +133,11 @@ def make_task(*, width: int = WIDTH, first_slot: str = "first", watch: Watch = l
     )
 
 
-def run_config(folder: str, *, resume: bool) -> RunConfig:
+def run_config(folder: str, *, resume: bool, accept_changes: bool = False) -> RunConfig:
     """A run in ``folder``: a new one, or the one that is there."""
-    return RunConfig(seed=SEED, dir="" if resume else folder, resume=folder if resume else "no")
+    return RunConfig(
+        seed=SEED, dir="" if resume else folder, resume=folder if resume else "no", accept_changes=accept_changes
+    )
 
 
 def make_config(
@@ -259,7 +261,7 @@ def count_samples(folder: str, *, resume: bool = False, stop_step: int = 0) -> l
     watch = StopAt(indices_of_step(stop_step)) if stop_step else lambda indices: None
     model = Counts(TRAIN_SAMPLES)
     config = Config(
-        run=run_config(folder, resume=resume),
+        run=run_config(folder, resume=resume, accept_changes=resume),
         train=TrainConfig(epochs=1, batch_size=BATCH, clip_norm=0),
         precision=PrecisionConfig(amp="off"),
         compile=CompileConfig(enabled=False),

@@ -19,7 +19,16 @@ from tolaria.dist import Peers
 from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
 from tolaria.kasmina.host import PlannedMove
 from tolaria.leyline.codec import decode_command, encode_decision
-from tolaria.leyline.types import LR_SCALE, BreakerCommand, Command, CommandType, Decision, OptimizerCommand, SeedOp
+from tolaria.leyline.types import (
+    LR_SCALE,
+    BreakerCommand,
+    Command,
+    CommandType,
+    Decision,
+    OptimizerCommand,
+    RollbackCommand,
+    SeedOp,
+)
 from tolaria.objective import Batch
 from tolaria.replica import Replica
 from tolaria.state import Memento, Mode, TrainState
@@ -38,13 +47,19 @@ class Outcome:
 
 @dataclass
 class Applied:
-    """A decision after `apply_decision`, with the time each part took in milliseconds."""
+    """A decision after `apply_decision`, with the time each part took in milliseconds.
+
+    ``go_back``: the return that was asked for and is still to be made. ``digest``: of the structure that the commands
+    led to, equal on all ranks; empty when nothing changed.
+    """
 
     decision: Decision
     outcomes: list[Outcome] = field(default_factory=list)
     mode_before: Mode = field(default_factory=Mode)
     structure_changed: bool = False
     latency_ms: dict[str, float] = field(default_factory=dict)
+    go_back: RollbackCommand | None = None
+    digest: str = ""
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -62,6 +77,7 @@ class _Plan:
     optimizer: tuple[OptimizerCommand, ...]
     breakers: tuple[BreakerCommand, ...]
     accepted: tuple[Command, ...]
+    go_back: RollbackCommand | None = None
 
 
 def apply_decision(
@@ -85,7 +101,7 @@ def apply_decision(
         # Not the verdict alone is compared but what led to it: two ranks may accept different commands.
         same = len(set(peers.gather_digests(_plan_digest(decision, result)))) == 1
     if not same:
-        _refuse(result, plan, "vote", "the ranks did not plan the same change")
+        _refuse(result, plan.accepted, "vote", "the ranks did not plan the same change")
         plan = _Plan((), (), (), ())
     memento = state.memento()
     state.mode = next_mode(state.mode, decision, list(plan.breakers), healthy_boundaries)
@@ -95,9 +111,10 @@ def apply_decision(
             _go_back(memento, state, replica)
             # What the answer itself says about the policy's health stands; the commands that came with it do not.
             state.mode = next_mode(state.mode, decision, [], healthy_boundaries)
-            _refuse(result, plan, *failure)
+            _refuse(result, plan.accepted, *failure)
             return result
     result.structure_changed = bool(plan.seed_moves)
+    result.go_back = plan.go_back
     result.outcomes += [Outcome(c.command_id, c, True, "applied", c.reason) for c in plan.accepted]
     return result
 
@@ -131,6 +148,12 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
         except (CommandRefused, MessageRejected) as error:
             name = command.command_id if command is not None else f"boundary-{decision.boundary}-{position}"
             result.outcomes.append(Outcome(name, command, False, error.code, str(error)))
+    returns = [c for c in accepted if isinstance(c.payload, RollbackCommand)]
+    if returns:
+        # What else the decision asks for would be undone by the return.
+        others = tuple(c for c in accepted if c is not returns[0])
+        _refuse(result, others, "going_back", "the decision asks to go back to an earlier state")
+        return _Plan((), (), (), (returns[0],), returns[0].payload)  # type: ignore[arg-type]
     return _Plan(tuple(moves), tuple(optimizer), tuple(breakers), tuple(accepted))
 
 
@@ -178,8 +201,10 @@ def _carry_out(
         if not peers.agree(not error):
             return "apply_failed", error or "another rank could not apply it"
     with result.timed("digest"):
-        if len(set(peers.gather_digests(state.structure_digest()))) > 1:
+        digests = peers.gather_digests(state.structure_digest())
+        if len(set(digests)) > 1:
             return "digest_mismatch", "the ranks differ after the change"
+        result.digest = digests[0].hex()
     with result.timed("warm_up"):
         try:
             replica.warm_up(sample())
@@ -214,8 +239,8 @@ def _go_back(memento: Memento, state: TrainState, replica: Replica) -> None:
     replica.rebuild(afresh=True)
 
 
-def _refuse(result: Applied, plan: _Plan, code: str, reason: str) -> None:
-    result.outcomes += [Outcome(c.command_id, c, False, code, reason) for c in plan.accepted]
+def _refuse(result: Applied, commands: Sequence[Command], code: str, reason: str) -> None:
+    result.outcomes += [Outcome(c.command_id, c, False, code, reason) for c in commands]
 
 
 def _plan_digest(decision: Decision, result: Applied) -> bytes:

@@ -14,22 +14,33 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria.config import TamiyoConfig
-from tolaria.coordinator.apply import Applied, apply_decision
+from tolaria.coordinator.apply import Applied, Outcome, apply_decision
 from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide
 from tolaria.coordinator.ledger import Ledger
 from tolaria.dist import World
-from tolaria.errors import PolicyUnavailable
-from tolaria.leyline.codec import decode_decision, encode_decision
+from tolaria.errors import MessageRejected, PolicyUnavailable, WalError
+from tolaria.leyline.codec import decode_command, decode_decision, encode_decision
 from tolaria.leyline.limits import clip_measurement
-from tolaria.leyline.types import Decision, HardwareContext, PolicyRequest, SeedState, SystemState
+from tolaria.leyline.types import (
+    Command,
+    Decision,
+    EmergencySignal,
+    HardwareContext,
+    PolicyRequest,
+    RollbackCommand,
+    SeedState,
+    SystemState,
+)
 from tolaria.measure import Report
 from tolaria.objective import Batch
+from tolaria.recovery.journal import Journal
 from tolaria.replica import Replica
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.telemetry.events import EventLog, Level
 
+_NO_DECISION = b"no decision"
 LOSS_HISTORY = 16
 """Validation losses of so many boundaries travel with every packet."""
 
@@ -47,7 +58,8 @@ class RunFacts:
 class Coordinator:
     """Runs the handshake and carries its decision to all ranks. One per rank; the policy is asked by rank 0 only.
 
-    The decision is recorded as an event before it is broadcast; that is the place where a write-ahead log records it.
+    The decision is in the log before it is broadcast. A boundary that the run goes through again, after a restart,
+    takes its decision from the log; the policy is not asked a second time.
     """
 
     def __init__(
@@ -59,9 +71,11 @@ class Coordinator:
         events: EventLog,
         *,
         facts: RunFacts,
+        journal: Journal,
         client: PolicyClient | None,
         revive: Callable[[], bool] | None,
         sample: Callable[[], Batch],
+        rest_boundaries: int,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.state = state
@@ -71,11 +85,13 @@ class Coordinator:
         self.events = events
         self.ledger = Ledger(facts.run_id, config.observation_boundaries, wall_ns)
         self.breaker = CircuitBreaker(config)
+        self._journal = journal
         self._client = client
         self._revive = revive
         self._facts = facts
         self._losses: deque[float] = deque(maxlen=LOSS_HISTORY)
         self._sample = sample
+        self._rest_boundaries = rest_boundaries
         self._wall_ns = wall_ns
 
     def exchange(self, report: Report) -> Applied:
@@ -85,28 +101,80 @@ class Coordinator:
         """
         frame = None
         latency: dict[str, float] = {}
+        screened: list[Outcome] = []
+        failure: WalError | None = None
         if self.world.is_coordinator:
-            start = time.perf_counter()
-            for record in self.ledger.observe(self.state.boundary, report.val_loss, report.val_accuracy):
-                self.events.emit("command_judged", command_id=record.command_id, outcome=record.outcome,
-                                 effect=record.effect)  # fmt: skip
-            request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
-            asked = time.perf_counter()
-            self._losses.appendleft(report.val_loss)
-            answer = self._ask(request)
-            answered = time.perf_counter()
-            frame = encode_decision(self._record(answer))
-            latency = {"state": (asked - start) * 1e3, "tamiyo": (answered - asked) * 1e3}
+            try:
+                frame, screened = self._decide(report, latency)
+            except WalError as error:
+                frame, failure = _NO_DECISION, error
         start = time.perf_counter()
-        decision = decode_decision(self.world.peers.broadcast_frame(frame))
+        frame = self.world.peers.broadcast_frame(frame)
         latency["broadcast"] = (time.perf_counter() - start) * 1e3
+        if frame == _NO_DECISION:
+            raise failure or WalError("rank 0 cannot write its log of decisions; its own output says why")
         applied = apply_decision(
-            decision, self.state, self.replica, self.world.peers,
+            decode_decision(frame), self.state, self.replica, self.world.peers,
             healthy_boundaries=self.config.healthy_boundaries, sample=self._sample,
         )  # fmt: skip
+        applied.outcomes += screened
         applied.latency_ms = {**latency, **applied.latency_ms}
         self._tell(applied, report)
         return applied
+
+    def _decide(self, report: Report, latency: dict[str, float]) -> tuple[bytes, list[Outcome]]:
+        """Rank 0: the decision's bytes, from the log or new and then in the log, and what was refused beforehand."""
+        start = time.perf_counter()
+        for record in self.ledger.observe(self.state.boundary, report.val_loss, report.val_accuracy):
+            self.events.emit("command_judged", command_id=record.command_id, outcome=record.outcome,
+                             effect=record.effect)  # fmt: skip
+        request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
+        asked = time.perf_counter()
+        self._losses.appendleft(report.val_loss)
+        logged = self._journal.logged(self.state.boundary)
+        screened: list[Outcome] = []
+        if logged is None:
+            answer, screened = self._screen(self._ask(request))
+            logged = self._record(answer)
+        else:
+            self._repeat(logged, request)
+        answered = time.perf_counter()
+        latency |= {"state": (asked - start) * 1e3, "tamiyo": (answered - asked) * 1e3}
+        return encode_decision(logged), screened
+
+    def _screen(self, answer: Answer) -> tuple[Answer, list[Outcome]]:
+        """Take out what only rank 0 can judge: commands that took effect before, returns that can not be made."""
+        kept, refused = [], []
+        for position, raw in enumerate(answer.commands):
+            try:
+                reason = self._refuse_beforehand(decode_command(raw))
+            except MessageRejected:
+                reason = None  # every rank refuses it, with the reason
+            if reason is None:
+                kept.append(raw)
+            else:
+                refused.append(Outcome(f"boundary-{self.state.boundary}-{position}", None, False, *reason))
+        return replace(answer, commands=tuple(kept)), refused
+
+    def _refuse_beforehand(self, command: Command) -> tuple[str, str] | None:
+        if self._journal.applied_before(command.command_id):
+            return "already_applied", f"command {command.command_id} has taken effect before; an id is used once"
+        if isinstance(command.payload, RollbackCommand):
+            return self._journal.refuses_return(command.payload, self.state.boundary, self._rest_boundaries)
+        return None
+
+    def _repeat(self, logged: Decision, request: PolicyRequest) -> None:
+        """Go through a boundary again as it went before, without asking anybody."""
+        if logged.step_effective != self.state.step:
+            raise WalError(
+                f"the log has boundary {logged.boundary} at step {logged.step_effective}, the run at {self.state.step}"
+            )
+        if logged.source == "fallback" and logged.reason != NOT_ASKED:
+            self.breaker.failure(logged.reason)
+        elif logged.reason == ANSWERED:
+            self.breaker.success()
+            self.ledger.delivered(request.field_reports)
+        self.events.emit("decision_repeated", boundary=logged.boundary, source=logged.source, reason=logged.reason)
 
     def _ask(self, request: PolicyRequest) -> Answer:
         if self._client is None:
@@ -129,6 +197,7 @@ class Coordinator:
 
     def _record(self, answer: Answer) -> Decision:
         decision = decide(answer, boundary=self.state.boundary, step=self.state.step, mode=self.state.mode)
+        self._journal.decided(decision)
         self.events.emit(
             "decision", boundary=decision.boundary, source=decision.source, reason=decision.reason,
             conservative=decision.conservative, commands=[raw.hex() for raw in decision.commands],
@@ -136,6 +205,10 @@ class Coordinator:
         return decision
 
     def _tell(self, applied: Applied, report: Report) -> None:
+        if self.world.is_coordinator and applied.outcomes:
+            done = [o.command_id for o in applied.outcomes if o.applied]
+            refused = {o.command_id: o.code for o in applied.outcomes if not o.applied}
+            self._journal.applied(self.state.boundary, done, refused, applied.digest)
         for outcome in applied.outcomes:
             if self.world.is_coordinator:
                 self.ledger.enter(outcome, boundary=self.state.boundary, step=self.state.step,
@@ -148,6 +221,10 @@ class Coordinator:
         if self.world.is_coordinator and before.conservative != after.conservative:
             level: Level = "warning" if after.conservative else "info"
             self.events.emit("mode_changed", level, mode=after.name, reason=after.reason or "healthy again")
+
+    def signals(self) -> list[EmergencySignal]:
+        """Emergencies that the policy has raised since the last call; nothing on other ranks than 0. Local."""
+        return self._client.signals() if self._client is not None else []
 
     def _packet(self, report: Report) -> SystemState:
         state = self.state
@@ -183,6 +260,15 @@ class Coordinator:
             return {}
         losses = [loss.hex() for loss in self._losses]
         return {"breaker": self.breaker.state_dict(), "ledger": self.ledger.state_dict(), "losses": losses}
+
+    def went_back(self, state: Mapping[str, Any], reason: str) -> None:
+        """Take over what rank 0 knew at the state that the run went back to; commands since then count as undone.
+        What is known of the policy's health stays."""
+        if self.world.is_coordinator:
+            former, breaker = dict(self.ledger.records), self.breaker.state_dict()
+            self.load_state_dict(state)
+            self.breaker.load_state_dict(breaker)
+            self.ledger.undone(former, reason)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave on rank 0."""

@@ -60,7 +60,6 @@ def next_mode(mode: Mode, decision: Decision, breakers: list[BreakerCommand], he
 def refusal(command: Command, mode: Mode) -> tuple[str, str] | None:
     """Why a command cannot be accepted whatever the model's state: (code, reason), or None."""
     unsupported = {
-        CommandType.ROLLBACK: "rollback by command is not part of this version",
         CommandType.PAUSE: "pausing by command is not part of this version; stop the run with SIGTERM and resume it",
         CommandType.EMERGENCY: "emergencies travel as signals, not as commands; use CIRCUIT_BREAKER OPEN",
         CommandType.STRUCTURAL_PRUNING: "structural pruning is out of Tolaria's scope",

@@ -142,6 +142,14 @@ class Ledger:
         while len(self._pending) > MAX_PENDING:
             del self._pending[next(iter(self._pending))]
 
+    def undone(self, former: Mapping[str, CommandRecord], reason: str) -> None:
+        """The run went back to a state that does not know these commands yet: they are reported as aborted."""
+        for command_id, record in former.items():
+            if record == self.records.get(command_id) or record.outcome in ("refused", "undone"):
+                continue
+            self.records[command_id] = replace(record, outcome="undone", effect=reason)
+            self._report(2, command_id, FieldOutcome.ABORTED, "", "", {}, 0, f"undone: {reason}")
+
     def state_dict(self) -> dict[str, Any]:
         """Records, open observations and unsent reports, as JSON."""
         return {

@@ -109,6 +109,16 @@ class EmergencyLevel(IntEnum):
     HALT = 4
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmergencySignal:
+    """An emergency that the policy raises. ``mark`` grows from signal to signal; one that does not is a repetition."""
+
+    level: EmergencyLevel
+    reason: str
+    origin: str
+    mark: int
+
+
 class FieldOutcome(IntEnum):
     """What a command did to the run."""
 

@@ -1,6 +1,7 @@
 """Learning rates: every group's rate is a function of the step number and a few numbers that can be saved.
 
     host rate(step)  = base_lr * warm-up(step) * schedule(step)          the same course on every rank
+                       * re-warm(step)                                   from 0.1 to 1 after a return, if asked for
     group rate(step) = host rate(step) * share(group, step) * scale      share: 1 for the host, by policy for a seed
                                                                          scale: product of the commands so far
 
@@ -30,6 +31,7 @@ RELATIVE_TOLERANCE = 1e-6
 ABSOLUTE_TOLERANCE = 1e-12
 VIOLATIONS_TO_OPEN = 3
 WARMUP_START = 0.01  # share of its rate with which a seed starts under seed_warmup
+REWARM_START = 0.1  # share of every rate right after a return to an earlier state
 ADAPTIVE_START = 0.1  # share of the host's rate with which a seed starts under morpho_adaptive
 
 
@@ -82,6 +84,7 @@ class LRController:
         self._history: deque[LRChange] = deque(maxlen=HISTORY_LENGTH)
         self._violations = 0
         self._next_step = 0
+        self._rewarm = (0, 0)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -135,9 +138,13 @@ class LRController:
             raise ValueError(f"progress of group {name!r} is {fraction!r}: expected 0 to 1")
         self._group(name).progress = float(fraction)
 
+    def rewarm(self, step: int, steps: int) -> None:
+        """Bring all rates up again from a tenth, over ``steps`` steps from ``step`` on; 0 ends a re-warm."""
+        self._rewarm = (step, steps)
+
     def lr_at(self, name: str, step: int) -> float:
         """The rate of a group at ``step`` as things stand now. Changes nothing. Raises KeyError."""
-        return self._rate(self._group(name), step, self._base_lr * host_share(self._config, step, self._total_steps))
+        return self._rate(self._group(name), step, self._host_lr(step))
 
     def apply(self, optimizer: Optimizer, step: int) -> list[LRViolation]:
         """Write the rates of ``step`` into every group of ``optimizer``; call it right before the step.
@@ -148,7 +155,7 @@ class LRController:
         any rate is written.
         """
         known = [(group, group["name"], self._group(group["name"])) for group in optimizer.param_groups]
-        host_lr = self._base_lr * host_share(self._config, step, self._total_steps)
+        host_lr = self._host_lr(step)
         self._next_step = step + 1
         violations = []
         for group, name, state in known:
@@ -195,6 +202,7 @@ class LRController:
             "groups": {name: asdict(group) for name, group in self._groups.items()},
             "violations": self._violations,
             "next_step": self._next_step,
+            "rewarm": list(self._rewarm),
             "history": [list(change) for change in self._history],
         }
 
@@ -204,6 +212,7 @@ class LRController:
             groups = {str(name): _Group(**fields) for name, fields in state["groups"].items()}
             history = [LRChange(*entry) for entry in state["history"]]
             violations, next_step = int(state["violations"]), int(state["next_step"])
+            rewarm_start, rewarm_steps = map(int, state["rewarm"])
             sound = all(self._is_sound(group) for group in groups.values())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointMismatch(f"saved learning-rate state is malformed: {error!r}") from error
@@ -213,6 +222,12 @@ class LRController:
         self._written = {}
         self._history = deque(history, maxlen=HISTORY_LENGTH)
         self._violations, self._next_step = violations, next_step
+        self._rewarm = (rewarm_start, rewarm_steps)
+
+    def _host_lr(self, step: int) -> float:
+        start, steps = self._rewarm
+        share = min(1.0, REWARM_START + (1.0 - REWARM_START) * max(0, step - start) / steps) if steps else 1.0
+        return self._base_lr * host_share(self._config, step, self._total_steps) * share
 
     def _group(self, name: str) -> _Group:
         if name not in self._groups:
@@ -249,7 +264,7 @@ class LRController:
                 f"LR factor {factor:g} would bring the total factor of {name!r} from {old.scale:g} to {wanted:g}; "
                 f"allowed: {low:g} to {high:g}",
             )
-        host_lr = self._base_lr * host_share(self._config, self._next_step, self._total_steps)
+        host_lr = self._host_lr(self._next_step)
         new = _Group(old.kind, old.born_step, scale, old.progress)
         old_lr, new_lr = (self._rate(group, self._next_step, host_lr) for group in (old, new))
         return LRChange(self._next_step, name, "command", old_lr, new_lr, scale)

@@ -1,4 +1,4 @@
-"""When a run goes back by itself, how far, and when it gives up. Pure: from numbers to an incident, from that to a plan.
+"""When a run goes back by itself, how far, when it gives up. Pure: numbers to an incident, an incident to a plan.
 
 Every judgement is made on values that are equal on all ranks (the loss reduced over them, whether the step was taken),
 so all ranks come to the same conclusion without asking each other.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
-from tolaria.config import RecoveryConfig
+from tolaria.config_recovery import RecoveryConfig
 from tolaria.data import Window
 
 REMEMBERED_STEPS = 64
@@ -35,7 +35,8 @@ class Incident:
     """Why the run should not go on from where it is.
 
     ``step``: where it was noticed. ``first``: the first step that may be to blame; states after fewer steps are
-    sound. ``windows``: the samples of the steps to blame, oldest first.
+    sound. ``windows``: the samples of the steps to blame, oldest first. ``checkpoint``: the number of the one to go
+    back to, where that was asked for.
     """
 
     cause: Cause
@@ -44,6 +45,7 @@ class Incident:
     step: int
     first: int
     windows: tuple[Window, ...] = ()
+    checkpoint: int | None = None
 
 
 class SpikeWatch:

@@ -46,9 +46,11 @@ class Ladder:
         for rung in self.rungs.values():
             rung.healthy = 0
 
-    def keep_only(self, accepted: Callable[[int, int], bool]) -> None:
-        """Take off every checkpoint that ``accepted(branch, step)`` refuses."""
-        self.rungs = {seq: rung for seq, rung in self.rungs.items() if accepted(rung.branch, rung.step)}
+    def take_off(self, void: Callable[[int, int], bool]) -> set[int]:
+        """Take off every checkpoint of which ``void(branch, step)`` is true; their numbers."""
+        gone = {seq for seq, rung in self.rungs.items() if void(rung.branch, rung.step)}
+        self.rungs = {seq: rung for seq, rung in self.rungs.items() if seq not in gone}
+        return gone
 
     @property
     def newest_good(self) -> Rung | None:

@@ -25,7 +25,7 @@ from tolaria.leyline.framing import (
     request_header,
     seal,
 )
-from tolaria.leyline.types import PolicyRequest
+from tolaria.leyline.types import EmergencySignal, PolicyRequest
 from tolaria.tamiyo.curve import load_client_curve
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.transport import DealerTransport, Transport
@@ -59,6 +59,11 @@ class PolicyClient:
         self._resend_ms = resend_ms
         self._wall_ns = wall_ns
         self._seq = 0
+        self.signal_mark = 0
+
+    def signals(self) -> list[EmergencySignal]:
+        """Emergencies that the policy has raised since the last call."""
+        return []
 
     def ask(self, request: PolicyRequest, *, boundary: int, deadline_ms: int) -> ReceivedReply:
         """The policy's reply, its commands still to be decoded one by one. Local; blocks at most ``deadline_ms``.

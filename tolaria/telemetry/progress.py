@@ -180,7 +180,9 @@ class Progress:
         places = [*((label, short_path(path)) for label, path in paths), ("resume", summary.resume)]
         self._print(Text())
         self._block(report.headline(summary), results, styles=styles)
-        for title, lines in (("Seeds", [report.seed_line(seed) for seed in summary.seeds]), ("Commands", commands)):
+        incidents = [line for incident in summary.incidents for line in report.incident_lines(incident)]
+        seeds = [report.seed_line(seed) for seed in summary.seeds]
+        for title, lines in (("Seeds", seeds), ("Commands", commands), ("Incidents", incidents)):
             if lines:
                 self._print(Text())
                 self._block(title, lines)

@@ -3,10 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from tolaria.telemetry.summary import CommandRecord, RunSummary, SeedRecord
+from tolaria.telemetry.summary import CommandRecord, IncidentRecord, RunSummary, SeedRecord
 from tolaria.telemetry.words import counted, duration, number, percent
 
-OUTCOMES = {"finished": "Finished", "stopped": "Stopped as asked", "failed": "Failed"}
+OUTCOMES = {
+    "finished": "Finished",
+    "stopped": "Stopped as asked",
+    "unstable": "Gave up",
+    "halted": "Halted by an emergency",
+}
 
 
 def headline(summary: RunSummary) -> str:
@@ -61,6 +66,23 @@ def command_lines(command: CommandRecord) -> Iterator[tuple[str, str]]:
         yield "  why", command.reason
     if command.effect:
         yield "  effect", command.effect
+
+
+def incident_lines(incident: IncidentRecord) -> Iterator[tuple[str, str]]:
+    """One time that the run went wrong, labelled with its step: what was seen, and what was done about it."""
+    yield f"step {incident.step}", incident.reason
+    if incident.to_step is None:
+        yield "  then", "gave up: the run ended here"
+        return
+    done = [f"went back to {incident.source}"]
+    if incident.milliseconds:
+        slow = incident.milliseconds >= 10_000
+        done[0] += f" in {duration(incident.milliseconds / 1e3)}" if slow else f" in {incident.milliseconds:.0f} ms"
+    if incident.samples_left_out:
+        done.append(f"left {counted(incident.samples_left_out, 'sample')} out")
+    if incident.conservative:
+        done.append("was conservative for a while")
+    yield "  then", ", ".join(done)
 
 
 def digest_line(digests: Mapping[int, str]) -> str:

@@ -58,12 +58,29 @@ class SeedRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IncidentRecord:
+    """One time that the run went wrong, and what was done. ``step``: where it was noticed. ``to_step`` and ``source``:
+    what it went back to, None and "" when it gave up."""
+
+    step: int
+    cause: str
+    level: int
+    reason: str
+    to_step: int | None = None
+    source: str = ""
+    milliseconds: float = 0.0
+    samples_left_out: int = 0
+    conservative: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """Everything in summary.json.
 
-    ``outcome``: "finished", "stopped" (asked to), or "failed". ``before_growth`` is the last validation before the
-    first seed acted on the model's output, None if none did. ``latency_ms``: per part of the boundary, see
-    `latency_split`. ``state_digest``: rank -> hex. ``resume``: the command that goes on from here.
+    ``outcome``: "finished", "stopped" (asked to), "unstable" (gave up) or "halted" (by an emergency).
+    ``before_growth`` is the last validation before the first seed acted on the model's output, None if none did.
+    ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex. ``resume``: the
+    command that goes on from here.
     """
 
     outcome: str
@@ -83,6 +100,7 @@ class RunSummary:
     parameters_end: int
     seeds: Sequence[SeedRecord] = ()
     commands: Sequence[CommandRecord] = ()
+    incidents: Sequence[IncidentRecord] = ()
     boundaries: int = 0
     latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     mode: str = "normal"

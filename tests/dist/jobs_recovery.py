@@ -1,0 +1,172 @@
+"""Runs that something goes wrong in, for test_recovery.py: in the data or in the memory of one rank.
+
+A fault strikes once, at a step of this rank; when the run comes by that step again, it is not there any more. What a
+job returns says whether it struck.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from tests.dist import jobs_resume as jobs
+from tests.dist.jobs_resume import Points, indices_of_step, own_rank
+from tolaria import build
+from tolaria.config import Config
+from tolaria.config_recovery import RecoveryConfig
+from tolaria.errors import TolariaError
+from tolaria.kasmina.slot import Slot
+from tolaria.state import Mode, TrainState
+from tolaria.telemetry.summary import RunSummary
+
+RECOVERY = RecoveryConfig(
+    snapshot_steps=4, spike_window=10, spike_min_losses=3, drift_steps=2, attempt_steps=100, prepare_ms=5000,
+    commit_ms=5000, confirm_ms=5000, command_boundaries=3,
+)  # fmt: skip
+
+
+@dataclass
+class Fault:
+    """One bit, one number, or one stream of random numbers that goes wrong. ``what``: see `strike`."""
+
+    what: str
+    step: int
+    rank: int | None = None
+    name: str = ""
+    times: int = 1
+    struck: int = 0
+
+    def strike(self, state: TrainState) -> None:
+        """Strike if it is time: after the step counted ``step``, on ``rank`` (None: on all)."""
+        if state.step != self.step or self.struck >= self.times or self.rank not in (None, own_rank()):
+            return
+        self.struck += 1
+        tensors = state.tensors()
+        if self.what == "flip":
+            flip_bit(next(t for n, t in sorted(tensors.items()) if n.startswith(self.name)))
+        elif self.what == "zero":
+            for name, tensor in tensors.items():
+                if name.startswith(self.name):
+                    tensor.zero_()
+        elif self.what == "draw":
+            torch.rand(1)
+        elif self.what == "sampler":
+            state.sampler.cursor += 1
+        elif self.what == "lr":
+            state.lr.scale("*", 0.5, conservative=False)
+        elif self.what == "scaler":
+            state.mode = Mode(conservative=True, reason="out of step")
+        else:
+            raise AssertionError(self.what)
+
+
+def flip_bit(tensor: Tensor) -> None:
+    """Flip the lowest bit of the first element."""
+    flat = tensor.detach().reshape(-1)[:1].view(torch.uint8)
+    flat[0] ^= 1
+
+
+def recovery_config(folder: str, recovery: dict[str, Any] | None = None, **config: Any) -> Config:
+    """`jobs_resume.make_config` with snapshots every four steps and short windows."""
+    return replace(jobs.make_config(folder, **config), recovery=replace(RECOVERY, **(recovery or {})))
+
+
+class BadPoints(Points):
+    """Points of which certain reads are spoiled: multiplied, or not a number, as often as ``times`` says."""
+
+    def __init__(self, bad: Sequence[tuple[list[int], float]], times: int = 1000) -> None:
+        super().__init__(jobs.TRAIN_SAMPLES, seed=1)
+        self.bad = bad
+        self.times = times
+        self.struck = 0
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        items = super().__getitems__(indices)
+        for spoiled, factor in self.bad:
+            if indices == spoiled and self.struck < self.times:
+                self.struck += 1
+                items = [(x * factor, y) for x, y in items]
+        return items
+
+
+def run(
+    folder: str,
+    *,
+    faults: Sequence[dict[str, Any]] = (),
+    bad_steps: Sequence[int] = (),
+    bad_factor: float = 1e4,
+    bad_rank: int | None = None,
+    bad_times: int = 1000,
+    returns: Sequence[dict[str, Any]] = (),
+    open_host: bool = False,
+    **config: Any,
+) -> dict[str, Any]:
+    """Train with these faults. ``returns``: what the run is to do by itself at a step, as a return there would."""
+    planned = [Fault(**fault) for fault in faults]
+    spoiled = bad_steps if bad_rank in (None, own_rank()) else ()
+    data = BadPoints([(indices_of_step(step), bad_factor) for step in spoiled], bad_times)
+    after_step = TrainState.after_step
+
+    def struck(state: TrainState, *, taken: bool) -> bool:
+        ended = after_step(state, taken=taken)
+        for fault in planned:
+            fault.strike(state)
+        take(state, returns)
+        return ended
+
+    task = jobs.make_task()
+    if open_host:
+        task = replace(task, model=OpenHost())
+    error = ""
+    summary: RunSummary | None = None
+    with patch.object(TrainState, "after_step", struck):
+        try:
+            summary = build.train(recovery_config(folder, **config), task=lambda: replace(task, train=data))
+        except TolariaError as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    return {"struck": [fault.struck for fault in planned], "bad": data.struck, "error": error, **told(summary)}
+
+
+def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> None:
+    """Do at a step what a return to it would have decided."""
+    for planned in returns:
+        if state.step == planned["step"]:
+            state.sampler.skip([(epoch, start, end) for epoch, start, end in planned["skip"]])
+            if planned.get("conservative", True):
+                state.mode = Mode(conservative=True, reason=planned["reason"])
+
+
+class OpenHost(nn.Module):
+    """Layers without bounds: inputs that are too large by far make a loss that is too large by far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(jobs.FEATURES, jobs.WIDTH)
+        self.first = Slot("first")
+        self.dropout = nn.Dropout(0.2)
+        self.middle = nn.Linear(jobs.WIDTH, jobs.WIDTH)
+        self.head = nn.Linear(jobs.WIDTH, jobs.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, FEATURES) -> logits (batch, CLASSES)."""
+        h = self.dropout(self.first(torch.relu(self.inlet(x))))
+        logits: Tensor = self.head(torch.relu(self.middle(h)))
+        return logits
+
+
+def told(summary: RunSummary | None) -> dict[str, Any]:
+    """What the tests ask of a run, on one rank."""
+    if summary is None:
+        return {"outcome": "raised"}
+    return {
+        "outcome": summary.outcome,
+        "digest": summary.state_digest[own_rank()],
+        "steps": summary.steps,
+        "mode": summary.mode,
+        "skipped": summary.counters["skipped_steps"],
+        "incidents": [[i.cause, i.step, i.to_step, i.source, i.samples_left_out] for i in summary.incidents],
+        "stages": {seed.slot: seed.stage for seed in summary.seeds},
+    }

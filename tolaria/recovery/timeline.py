@@ -1,0 +1,161 @@
+"""What the log says about the course of a run. Pure: from records to facts.
+
+    branch 0   ---o-----o---X          X: an incident; the run went back to the snapshot at S
+    branch 1      S-----o-----o---     from there it took another course
+
+Steps repeat after a return, so a point is (branch, step). A state lies on the timeline if no later return went back to
+before it. Decisions behind a return's target are void; all others are taken from the log when a start has to go
+through their boundaries again, and the policy is not asked.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from tolaria.errors import WalError
+from tolaria.leyline.codec import decode_decision
+from tolaria.recovery.wal import WalKind, WalRecord
+
+Window = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Return:
+    """A return to an earlier state, which is itself a decision with effect at ``to_step``.
+
+    ``branch``: the number of the course that begins. ``at_boundary``: how many boundaries had passed when it was made.
+    ``skip``: all windows of samples left out so far in the run.
+    ``held``: the conservative mode ends by command only.
+    """
+
+    branch: int
+    to_step: int
+    to_boundary: int
+    from_step: int
+    at_boundary: int
+    level: int
+    cause: str
+    reason: str
+    skip: tuple[Window, ...] = ()
+    conservative: bool = False
+    held: bool = False
+    rewarm: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of its record in the log."""
+        return {**asdict(self), "skip": [list(window) for window in self.skip]}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Raises WalError when ``body`` is not what `to_json` gave."""
+        try:
+            skip = tuple((int(e), int(a), int(b)) for e, a, b in body["skip"])
+            return cls(**{**body, "skip": skip})
+        except (KeyError, TypeError, ValueError) as error:
+            raise WalError(f"the log's record of a return is malformed: {error!r}") from error
+
+
+def on_timeline(returns: Iterable[Return], branch: int, step: int) -> bool:
+    """Whether the state after ``step`` steps of ``branch`` is part of the run's course."""
+    return all(step <= r.to_step for r in returns if r.branch > branch)
+
+
+def ahead(returns: Iterable[Return], branch: int, step: int) -> list[Return]:
+    """The returns whose effects a run that goes on from this point of the timeline still has to take, in order."""
+    listed = list(returns)
+    later = [r for r in listed if r.branch > branch and r.to_step >= step]
+    return [r for r in later if on_timeline(listed, r.branch, r.to_step)]
+
+
+@dataclass(frozen=True)
+class LoggedCheckpoint:
+    """A committed checkpoint as the log has it."""
+
+    seq: int
+    step: int
+    branch: int
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class LoggedStart:
+    """A start that loaded or made a state: where it began, and under which torchrun agent."""
+
+    step: int
+    branch: int
+    agent: str | None
+
+
+@dataclass
+class Timeline:
+    """The facts that a start needs, gathered from the records in their order."""
+
+    returns: list[Return] = field(default_factory=list)
+    decisions: dict[int, bytes] = field(default_factory=dict)
+    applied: dict[str, int] = field(default_factory=dict)
+    checkpoints: dict[int, LoggedCheckpoint] = field(default_factory=dict)
+    good: set[int] = field(default_factory=set)
+    starts: list[LoggedStart] = field(default_factory=list)
+    closed: bool = False
+    halted: str | None = None
+    signal_mark: int = 0
+    last_lsn: int = 0
+
+    @classmethod
+    def of(cls, records: Iterable[WalRecord]) -> Self:
+        """Raises WalError for a record that says what no record can say."""
+        found = cls()
+        for record in records:
+            try:
+                found._take(record)
+            except (KeyError, TypeError, ValueError) as error:
+                raise WalError(f"the log's record {record.lsn} ({record.kind.name}) is malformed: {error!r}") from error
+            found.last_lsn = record.lsn
+        return found
+
+    @property
+    def branch(self) -> int:
+        """The highest branch there was."""
+        return max((r.branch for r in self.returns), default=0)
+
+    def _take(self, record: WalRecord) -> None:
+        body = record.document if record.kind != WalKind.DECISION else {}
+        match record.kind:
+            case WalKind.DECISION:
+                self.decisions[decode_decision(record.body).boundary] = record.body
+            case WalKind.APPLIED:
+                self.applied.update({str(name): int(body["boundary"]) for name in body["applied"]})
+            case WalKind.VOID:
+                self.went_back(Return.from_json(body))
+            case WalKind.CHECKPOINT:
+                seq = int(body["seq"])
+                sha = str(body["manifest_sha256"])
+                self.checkpoints[seq] = LoggedCheckpoint(seq, int(body["step"]), int(body["branch"]), sha)
+            case WalKind.GOOD:
+                self.good.add(int(body["seq"]))
+            case WalKind.START:
+                self.starts.append(LoggedStart(int(body["step"]), int(body["branch"]), body["agent"]))
+                self.closed, self.halted = False, None
+            case WalKind.SIGNAL:
+                self.signal_mark = max(self.signal_mark, int(body["mark"]))
+            case WalKind.HALT:
+                self.halted = str(body["reason"])
+            case WalKind.CLOSE:
+                self.closed = True
+            case _:
+                pass
+
+    def went_back(self, taken: Return) -> None:
+        """One more return: what was decided behind its target is void."""
+        self.returns.append(taken)
+        self.decisions = {b: raw for b, raw in self.decisions.items() if b <= taken.to_boundary}
+        self.applied = {name: b for name, b in self.applied.items() if b <= taken.to_boundary}
+
+    def fruitless_starts(self, step: int, branch: int, agent: str | None) -> int:
+        """How many starts by this torchrun agent, without a pause, began at this very point and got no further."""
+        count = 0
+        for start in reversed(self.starts):
+            if self.closed or agent is None or (start.step, start.branch, start.agent) != (step, branch, agent):
+                break
+            count += 1
+        return count
