@@ -158,7 +158,10 @@ def _assemble(
     page.enter(Phase.COMPILE, state.step)
     replica.warm_up(sample())
     sentinel = Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20)
-    guard = Guard(config.recovery, state, world, events, ring=ring, journal=journal, sentinel=sentinel)
+    guard = Guard(
+        config.recovery, state, world, events, ring=ring, journal=journal, sentinel=sentinel,
+        synchronise=replica.synchronise_buffers,
+    )  # fmt: skip
     rollback = Rollback(
         state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
         sample=sample,

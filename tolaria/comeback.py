@@ -22,7 +22,7 @@ from tolaria.recovery.checkpoint import Accept, Payload
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.leftovers import sweep
 from tolaria.recovery.snapshots import SnapshotInfo, SnapshotRing
-from tolaria.recovery.timeline import Return, on_timeline
+from tolaria.recovery.timeline import Return, made, on_timeline
 from tolaria.rollback import MakeReturn, Restored, Rollback
 from tolaria.state import Mode, TrainState
 from tolaria.telemetry.events import EventLog
@@ -77,7 +77,7 @@ class Comeback:
 
         Raises TrainingUnstable when it came to this too often, CheckpointError when there is nothing to go back to.
         """
-        earlier = [r.from_step for r in self.journal.returns if r.cause != "command"]
+        earlier = [r.from_step for r in made(self.journal.returns) if r.cause != "command"]
         attempt = plan_attempt(incident, earlier, self.config)
         if attempt.stop and incident.cause != "command":
             self._give_up(incident, attempt.stop)
@@ -114,13 +114,17 @@ class Comeback:
         return found or self.rollback.fast(self._pick(incident, attempt.older), make_return)
 
     def _maker(self, incident: Incident, attempt: Attempt) -> MakeReturn:
-        before = {window for taken in self.journal.returns for window in taken.skip}
-        skip = tuple(sorted({*self.state.sampler.skipped, *before, *incident.windows}))
+        left_out = {window for taken in self.journal.returns for window in taken.skip}
+        skip = tuple(sorted({*self.state.sampler.skipped, *left_out, *incident.windows}))
         spike = incident.cause in ("loss_spike", "non_finite")
+        before_it = self.journal.branch
 
         def make_return(step: int, boundary: int) -> Return:
             return Return(
-                branch=self.journal.branch + 1, to_step=step, to_boundary=boundary, from_step=incident.step,
+                branch=self.journal.branch + 1,
+                # The fast way has written its return down, and then it failed.
+                instead_of=self.journal.branch if self.journal.branch > before_it else 0,
+                to_step=step, to_boundary=boundary, from_step=incident.step,
                 at_boundary=self.state.boundary, level=incident.level, cause=incident.cause, reason=incident.reason,
                 skip=skip, conservative=incident.level >= CONSERVATIVE or attempt.held, held=attempt.held,
                 rewarm=self.config.rewarm_steps if spike else 0,
@@ -201,7 +205,7 @@ class Comeback:
     def incidents(self) -> list[IncidentRecord]:
         """Every return of the run, also of its earlier starts, and why it gave up if it did."""
         found, known = [], set[Window]()
-        for taken in self.journal.returns:
+        for taken in made(self.journal.returns):
             source, spent = self._spent.get(taken.branch, (f"step {taken.to_step}", 0.0))
             left_out = sum(end - start for _, start, end in set(taken.skip) - known)
             known |= set(taken.skip)

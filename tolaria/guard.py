@@ -43,6 +43,7 @@ class Guard:
         ring: SnapshotRing,
         journal: Journal,
         sentinel: Sentinel,
+        synchronise: Callable[[], None],
     ) -> None:
         self.config = config
         self.state = state
@@ -51,6 +52,8 @@ class Guard:
         self.ring = ring
         self.journal = journal
         self.sentinel = sentinel
+        # Running statistics of a forward pass differ over ranks until rank 0's are sent to all.
+        self._synchronise = synchronise
         self.loss: float | None = None
         self._watch = SpikeWatch(config)
         self._last: StepFact | None = None
@@ -86,6 +89,7 @@ class Guard:
 
     def snapshot(self, payload: Payload) -> Incident | None:
         """Keep this state in memory if it is equal on all ranks. Collective: one or two small collectives."""
+        self._synchronise()
         taken = self.ring.take(payload)
         digests = self.world.peers.gather_digests(taken.info.digest if taken is not None else bytes(32))
         if taken is None or bytes(32) in digests:
@@ -100,9 +104,12 @@ class Guard:
         return self._drifted(drift.reason) if drift is not None else None
 
     def _compare(self, turn: int) -> Incident | None:
+        self._synchronise()
         rank = self.sentinel.trace(turn)
         if rank is not None:
-            self.events.emit("drift_traced", "error", rank=rank, reason="gone through again, its state came out other")
+            self.events.emit(
+                "drift_traced", "error", astray=rank, reason="gone through again, its state came out other"
+            )
         drift = self.sentinel.check(turn)
         return self._drifted(drift.reason) if drift is not None else None
 

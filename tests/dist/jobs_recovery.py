@@ -4,7 +4,9 @@ A fault strikes once, at a step of this rank; when the run comes by that step ag
 job returns says whether it struck.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +21,11 @@ from tolaria.config import Config
 from tolaria.config_recovery import RecoveryConfig
 from tolaria.errors import TolariaError
 from tolaria.kasmina.slot import Slot
+from tolaria.recovery.journal import Journal
+from tolaria.recovery.snapshots import copy_back
+from tolaria.recovery.timeline import Return
 from tolaria.state import Mode, TrainState
+from tolaria.task import Task
 from tolaria.telemetry.summary import RunSummary
 
 RECOVERY = RecoveryConfig(
@@ -47,17 +53,17 @@ class Fault:
         tensors = state.tensors()
         if self.what == "flip":
             flip_bit(next(t for n, t in sorted(tensors.items()) if n.startswith(self.name)))
-        elif self.what == "zero":
+        elif self.what == "blow":
             for name, tensor in tensors.items():
                 if name.startswith(self.name):
-                    tensor.zero_()
+                    tensor.neg_().mul_(40)
         elif self.what == "draw":
             torch.rand(1)
         elif self.what == "sampler":
             state.sampler.cursor += 1
         elif self.what == "lr":
             state.lr.scale("*", 0.5, conservative=False)
-        elif self.what == "scaler":
+        elif self.what == "mode":
             state.mode = Mode(conservative=True, reason="out of step")
         else:
             raise AssertionError(self.what)
@@ -102,6 +108,7 @@ def run(
     bad_times: int = 1000,
     returns: Sequence[dict[str, Any]] = (),
     open_host: bool = False,
+    slow: str = "",
     **config: Any,
 ) -> dict[str, Any]:
     """Train with these faults. ``returns``: what the run is to do by itself at a step, as a return there would."""
@@ -117,17 +124,42 @@ def run(
         take(state, returns)
         return ended
 
-    task = jobs.make_task()
-    if open_host:
-        task = replace(task, model=OpenHost())
+    def make_task() -> Task:
+        task = jobs.make_task()
+        return replace(task, train=data, model=OpenHost() if open_host else task.model)
+
     error = ""
     summary: RunSummary | None = None
-    with patch.object(TrainState, "after_step", struck):
+    with patch.object(TrainState, "after_step", struck), slowed(slow):
         try:
-            summary = build.train(recovery_config(folder, **config), task=lambda: replace(task, train=data))
+            summary = build.train(recovery_config(folder, **config), task=make_task)
         except TolariaError as raised:
             error = f"{type(raised).__name__}: {raised}"
     return {"struck": [fault.struck for fault in planned], "bad": data.struck, "error": error, **told(summary)}
+
+
+@contextmanager
+def slowed(phase: str) -> Iterator[None]:
+    """Make one phase of a fast return too slow on rank 1."""
+    if not phase or own_rank() != 1:
+        yield
+        return
+    wait = 0.6
+
+    def log(self: Journal, taken: Return) -> None:
+        time.sleep(wait)
+        went_back(self, taken)
+
+    def copy(*args: Any, **kwargs: Any) -> bool:
+        time.sleep(wait)
+        return copy_back(*args, **kwargs)
+
+    went_back = Journal.went_back
+    what = (
+        patch.object(Journal, "went_back", log) if phase == "prepare_ms" else patch("tolaria.rollback.copy_back", copy)
+    )
+    with what:
+        yield
 
 
 def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> None:

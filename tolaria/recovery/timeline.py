@@ -8,7 +8,7 @@ before it. Decisions behind a return's target are void; all others are taken fro
 through their boundaries again, and the policy is not asked.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -25,7 +25,8 @@ class Return:
 
     ``branch``: the number of the course that begins. ``at_boundary``: how many boundaries had passed when it was made.
     ``skip``: all windows of samples left out so far in the run.
-    ``held``: the conservative mode ends by command only.
+    ``held``: the conservative mode ends by command only. ``instead_of``: the branch of the return that failed before
+    this one, 0 for none.
     """
 
     branch: int
@@ -40,6 +41,7 @@ class Return:
     conservative: bool = False
     held: bool = False
     rewarm: int = 0
+    instead_of: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The body of its record in the log."""
@@ -53,6 +55,12 @@ class Return:
             return cls(**{**body, "skip": skip})
         except (KeyError, TypeError, ValueError) as error:
             raise WalError(f"the log's record of a return is malformed: {error!r}") from error
+
+
+def made(returns: Sequence[Return]) -> list[Return]:
+    """The returns without those that failed, for which another was made instead."""
+    failed = {r.instead_of for r in returns}
+    return [r for r in returns if r.branch not in failed]
 
 
 def on_timeline(returns: Iterable[Return], branch: int, step: int) -> bool:

@@ -1,0 +1,178 @@
+"""A run that something goes wrong in goes back by itself, and ends as one that nothing went wrong in."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from tests.dist.jobs_resume import BATCH, TRAIN_SAMPLES
+from tests.dist.test_resume import SCRIPT, by_rank, write_script
+from tests.ranks import RankPool
+
+Run: TypeAlias = Callable[..., list[dict[str, Any]]]
+STEPS = 24
+GROUP = 2 * BATCH
+STEPS_PER_EPOCH = -(-TRAIN_SAMPLES // GROUP)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy that grows a seed: TRAINING from step 6 on, BLENDING from step 9 on."""
+    commands = [entry for entry in SCRIPT if entry[0] <= 3]
+    return write_script(tmp_path_factory.mktemp("policy") / "script.toml", commands)
+
+
+@pytest.fixture(scope="module")
+def two(two_ranks: RankPool, script: str) -> Run:
+    return partial(two_ranks.run, "tests.dist.jobs_recovery:run", script=script, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def clean(two: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the run that nothing happens to."""
+    return same(two(folder=str(tmp_path_factory.mktemp("clean") / "run")))["digest"]
+
+
+def same(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks told alike."""
+    keys = ("outcome", "digest", "steps", "mode", "incidents", "stages", "skipped")
+    assert [r["error"] for r in ranks] == [""] * len(ranks)
+    for key in keys:
+        assert len({str(r[key]) for r in ranks}) == 1, key
+    return ranks[0]
+
+
+def window(step: int) -> list[int]:
+    """The samples of one step of the clean run; the first step is 1."""
+    epoch, position = divmod(step - 1, STEPS_PER_EPOCH)
+    return [epoch, position * GROUP, min((position + 1) * GROUP, TRAIN_SAMPLES)]
+
+
+# Memory of one rank that changes by itself: the replicas differ, and the run goes back to where they did not
+
+
+@pytest.mark.parametrize(("fault", "told"), [
+    pytest.param({"what": "flip", "name": "model/middle.weight", "rank": 1}, "model/middle.weight", id="weight"),
+    pytest.param({"what": "flip", "name": "optim/head.weight/exp_avg", "rank": 1}, "exp_avg", id="moment"),
+    pytest.param({"what": "flip", "name": "seed/first", "rank": 1}, "seed/first", id="seed"),
+    pytest.param({"what": "draw", "rank": 1}, "random generators", id="random numbers"),
+    pytest.param({"what": "sampler", "rank": 1}, "position", id="sampler"),
+    pytest.param({"what": "lr", "rank": 0}, "learning rates", id="learning rate"),
+    pytest.param({"what": "mode", "rank": 1}, "mode", id="mode"),
+])  # fmt: skip
+def test_a_replica_that_drifts_is_named_and_undone(
+    two: Run, clean: str, fault: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), faults=[{"step": 10, **fault}])
+    assert [r["struck"][0] for r in ranks] == [int(r == fault["rank"]) for r in range(2)]
+    run = same(ranks)
+    ((cause, _, to_step, source, left_out),) = run["incidents"]
+    assert (cause, source, left_out) == ("drift", f"snapshot of step {to_step}", 0)
+    reasons = {reason for _, reason in by_rank(folder, "incident", "reason")}
+    assert any(told in reason for reason in reasons), reasons
+    assert (run["outcome"], run["mode"], run["digest"]) == ("finished", "normal", clean)
+
+
+def test_a_buffer_that_drifts_is_healed_by_the_next_forward_pass(two: Run, clean: str, tmp_path: Path) -> None:
+    ranks = two(
+        folder=str(tmp_path / "run"), faults=[{"what": "flip", "name": "model/norm.running_mean", "rank": 1, "step": 9}]
+    )
+    assert [r["struck"] for r in ranks] == [[0], [1]]
+    run = same(ranks)
+    assert (run["incidents"], run["digest"]) == ([], clean)
+
+
+# Data of one rank
+
+
+def test_a_spike_goes_back_leaves_the_samples_out_and_goes_on(two: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    bad = 14  # the growth at step 9 made the watch begin anew
+    ranks = two(folder=str(folder), open_host=True, bad_steps=[bad], bad_factor=1e4, bad_rank=1)
+    assert [r["bad"] for r in ranks] == [0, 1]
+    run = same(ranks)
+    assert run["incidents"] == [["loss_spike", bad, 12, "snapshot of step 12", GROUP]]
+    scripted = same(two(
+        folder=str(tmp_path / "scripted"), open_host=True,
+        returns=[{"step": 12, "skip": [window(bad)], "reason": f"loss_spike at step {bad}"}],
+    ))  # fmt: skip
+    assert run["digest"] == scripted["digest"]
+
+
+def test_three_steps_in_a_row_without_a_finite_gradient_go_back(two: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    bad = [10, 11, 12]
+    ranks = two(folder=str(folder), bad_steps=bad, bad_factor=float("nan"), bad_rank=1)
+    assert [r["bad"] for r in ranks] == [0, 3]
+    run = same(ranks)
+    ((cause, _, to_step, _, left_out),) = run["incidents"]
+    assert (cause, to_step) == ("non_finite", 8)
+    assert left_out == sum(end - start for _, start, end in map(window, bad))
+    scripted = same(two(
+        folder=str(tmp_path / "scripted"),
+        returns=[{"step": 8, "skip": [window(step) for step in bad], "reason": "non_finite at step 12"}],
+    ))  # fmt: skip
+    assert run["digest"] == scripted["digest"]
+
+
+def test_data_that_stays_bad_ends_the_run_with_a_report(two: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = two(
+        folder=str(folder), bad_steps=list(range(1, 400)), bad_factor=float("nan"), bad_rank=1, steps=200,
+        recovery={"attempts": 2},
+    )  # fmt: skip
+    for rank in ranks:
+        assert rank["error"].startswith("TrainingUnstable: ")
+        assert "it happened again" in rank["error"]
+    causes = [cause for _, cause in by_rank(folder, "gave_up", "cause")]
+    assert causes == ["non_finite", "non_finite"]
+
+
+# The model, on all ranks alike
+
+
+def test_a_collapse_goes_back_to_the_good_checkpoint_and_voids_the_later_ones(
+    two: Run, clean: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), faults=[{"what": "blow", "step": 17, "name": "model/head"}],
+                recovery={"collapse_ratio": 2.0})  # fmt: skip
+    assert [r["struck"] for r in ranks] == [[1], [1]]
+    run = same(ranks)
+    ((cause, step, to_step, source, _),) = run["incidents"]
+    assert (cause, step) == ("collapse", 18)
+    assert source.startswith("checkpoint c") and to_step < 17
+    assert (run["outcome"], run["digest"]) == ("finished", clean)
+
+
+# In time
+
+
+def test_a_return_over_growth_takes_the_seed_away_and_grows_it_again_alike(
+    two: Run, clean: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # The seed comes at boundary 1, step 3; the snapshot before is of step 0.
+    ranks = two(folder=str(folder), faults=[{"what": "flip", "name": "model/inlet", "rank": 1, "step": 3}])
+    run = same(ranks)
+    assert [incident[2:4] for incident in run["incidents"]] == [[0, "snapshot of step 0"]]
+    assert run["digest"] == clean
+    repeated = by_rank(folder, "decision_repeated", "boundary")
+    # The decision of boundary 1 lay behind the state gone back to, so the policy was asked anew.
+    assert repeated == []
+
+
+@pytest.mark.parametrize("late", ["prepare_ms", "commit_ms"])
+def test_a_fast_return_that_misses_its_deadline_leaves_it_to_the_checkpoint(
+    two: Run, clean: str, late: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), faults=[{"what": "flip", "name": "model/inlet", "rank": 1, "step": 14}],
+                slow=late, recovery={"prepare_ms": 400, "commit_ms": 400})  # fmt: skip
+    run = same(ranks)
+    assert run["incidents"][0][3].startswith("checkpoint c")
+    assert {phase for _, phase in by_rank(folder, "fast_return_failed", "phase")} == {"commit"}
+    assert (run["outcome"], run["digest"]) == ("finished", clean)
