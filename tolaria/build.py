@@ -34,7 +34,7 @@ from tolaria.recovery.page import Phase
 from tolaria.recovery.sentinel import Sentinel
 from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.replica import Replica
-from tolaria.restore import check_facts, check_start, facts_of, find_state, open_journal
+from tolaria.restore import Saved, facts_of, open_journal, take_up
 from tolaria.rollback import Rollback
 from tolaria.rundir import RunDir, open_run
 from tolaria.saving import Saver
@@ -128,44 +128,30 @@ def _assemble(
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress)
     facts = facts_of(config, make_task, world)
-    if world.is_coordinator:
-        _write_config(config, run)
-        progress.start(start_info(config, state, world, run))
+    _write_config(config, run, world)
+    progress.start(start_info(config, state, world, run))
     events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
                 parameters=state.parameter_count, versions=versions(), optimizer=optim.name)  # fmt: skip
-    ring = _ring(config, world, run, events, cleanup)
+    page = watch_ranks(config, world, run, events, cleanup)
+    ring = _ring(config, world, run, cleanup)
     journal = open_journal(config, world, run, facts)
-    if journal.wal is not None:
-        cleanup.callback(journal.wal.close)
-    saved = find_state(config, world, run, journal, events, progress)
-    if saved is not None:
-        check_facts(saved.first_meta["facts"], facts, accept=config.run.accept_changes, events=events)
-        state.load(saved.tensors, saved.meta)
-    branch = saved.branch if saved is not None else 0
-    check_start(journal, world, step=state.step, branch=branch, agent=agent_id(), restarted=run.restarted)
+    cleanup.callback(journal.close)
+    saved = take_up(config, world, run, journal, state, events, progress, facts)
     replica.rebuild(first=True)
     evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
     # Before the random streams are set: a user's data may draw from any of them.
     evaluator.rehearse()
-    if saved is None or saved.local_tensors is None:
-        seed_rank(config.run.seed, state.step, world.global_rank)
-    else:
-        load_rng_tensors(saved.local_tensors, world.device)
+    _set_streams(config, state, world, saved)
     sample = _sampling(loader, config.train.batch_size)
-    page = watch_ranks(config, world, run, events, cleanup)
     coordinator = _coordinator(config, state, replica, world, run, events, journal, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
     page.enter(Phase.COMPILE, state.step)
     replica.warm_up(sample())
-    sentinel = Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20)
-    guard = Guard(
-        config.recovery, state, world, events, ring=ring, journal=journal, sentinel=sentinel,
-        synchronise=replica.synchronise_buffers,
-    )  # fmt: skip
     rollback = Rollback(
         state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
         sample=sample,
     )  # fmt: skip
+    guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
     trainer = Trainer(
         Parts(
             config=config,
@@ -175,19 +161,12 @@ def _assemble(
             loader=loader,
             step=TrainStep(state, replica, events, clip_norm=config.train.clip_norm, debug=config.train.debug),
             evaluator=evaluator,
-            coordinator=coordinator,
-            guard=guard,
-            comeback=Comeback(config.recovery, state, world, events, guard=guard, rollback=rollback, ring=ring,
-                              journal=journal, branch=branch),
+            coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
                         writer=_writer(config, world, run, journal, cleanup)),
             alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
                         signals=coordinator.signals),
-            record=record,
-            events=events,
-            metrics=_metrics(world, run, cleanup),
-            progress=progress,
-            stop=stop,
+            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress, stop=stop,
             facts=facts,
         )
     )  # fmt: skip
@@ -195,6 +174,30 @@ def _assemble(
         trainer.load_local_meta(saved.local_meta, saved.first_meta)
     record.counters["restarts"] += run.restarted
     return trainer
+
+
+def _keepers(
+    config: Config, state: TrainState, replica: Replica, world: World, events: EventLog, rollback: Rollback, branch: int
+) -> tuple[Guard, Comeback]:
+    """Who says that the run is not to go on from where it is, and who brings it back."""
+    ring, journal = rollback.ring, rollback.journal
+    guard = Guard(
+        config.recovery, state, world, events, ring=ring, journal=journal,
+        sentinel=Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20),
+        synchronise=replica.synchronise_buffers,
+    )  # fmt: skip
+    comeback = Comeback(
+        config.recovery, state, world, events, guard=guard, rollback=rollback, ring=ring, journal=journal, branch=branch
+    )
+    return guard, comeback
+
+
+def _set_streams(config: Config, state: TrainState, world: World, saved: Saved | None) -> None:
+    """This rank's random generators, as they were or as they are to begin."""
+    if saved is None or saved.local_tensors is None:
+        seed_rank(config.run.seed, state.step, world.global_rank)
+    else:
+        load_rng_tensors(saved.local_tensors, world.device)
 
 
 def _sampling(loader: Loader, batch_size: int) -> Callable[[], Batch]:
@@ -248,7 +251,7 @@ def _coordinator(
     )  # fmt: skip
 
 
-def _ring(config: Config, world: World, run: RunDir, events: EventLog, cleanup: ExitStack) -> SnapshotRing:
+def _ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:
     recovery = config.recovery
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit = recovery.snapshot_memory_mb * 2**20 or psutil.virtual_memory().available // 2 // local_ranks
@@ -278,7 +281,9 @@ def _metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None
     return metrics
 
 
-def _write_config(config: Config, run: RunDir) -> None:
+def _write_config(config: Config, run: RunDir, world: World) -> None:
+    if not world.is_coordinator:
+        return
     try:
         FileOps().replace_file(run.path / "config.toml", to_toml(config).encode())
     except OSError as error:

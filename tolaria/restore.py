@@ -20,6 +20,7 @@ from tolaria import __version__
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import CheckpointError, CheckpointMismatch, CrashLoop, RunHalted, RunLocked, WalError
+from tolaria.process import agent_id
 from tolaria.recovery.checkpoint import Loaded, accept_all, load_newest, load_path
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
@@ -27,6 +28,7 @@ from tolaria.recovery.leftovers import Found, find, read
 from tolaria.recovery.timeline import Return, Timeline, on_timeline
 from tolaria.recovery.wal import Wal
 from tolaria.rundir import RunDir
+from tolaria.state import TrainState
 from tolaria.task import Task, import_object
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.progress import Progress
@@ -74,6 +76,29 @@ def open_journal(config: Config, world: World, run: RunDir, facts: Mapping[str, 
         raise
     world.peers.broadcast_frame(json.dumps({"returns": [r.to_json() for r in timeline.returns]}).encode())
     return Journal(timeline, wal=wal, good_after=good_after)
+
+
+def take_up(
+    config: Config,
+    world: World,
+    run: RunDir,
+    journal: Journal,
+    state: TrainState,
+    events: EventLog,
+    progress: Progress,
+    facts: Mapping[str, Any],
+) -> Saved | None:
+    """Load the newest state to go on from into ``state``, and log the start; None for a run that begins. Collective.
+
+    Raises what `find_state`, `check_facts` and `check_start` raise.
+    """
+    saved = find_state(config, world, run, journal, events, progress)
+    if saved is not None:
+        check_facts(saved.first_meta["facts"], facts, accept=config.run.accept_changes, events=events)
+        state.load(saved.tensors, saved.meta)
+    branch = saved.branch if saved is not None else 0
+    check_start(journal, world, step=state.step, branch=branch, agent=agent_id(), restarted=run.restarted)
+    return saved
 
 
 def find_state(

@@ -34,6 +34,7 @@ def watch_ranks(config: Config, world: World, run: RunDir, events: EventLog, cle
     page = _map(page_path(config, run, world), local_rank, local_ranks, world, events)
     if page is None:
         return NoPage()
+    cleanup.callback(page.close)
     _dump_stacks_on_request(run, world, cleanup)
     page.sign_in(start_time(os.getpid()))
     if local_rank == 0:
@@ -49,7 +50,6 @@ def watch_ranks(config: Config, world: World, run: RunDir, events: EventLog, cle
             cleanup.callback(watchdog.close)
     world.peers.barrier()
     pulse = Pulse(page).start()
-    cleanup.callback(page.close)
     cleanup.callback(pulse.stop)
     return page
 

@@ -179,6 +179,11 @@ class Journal:
         """The run ended as it should."""
         self._append(WalKind.CLOSE, {})
 
+    def close(self) -> None:
+        """Close the log's files."""
+        if self.wal is not None:
+            self.wal.close()
+
     def _append(self, kind: WalKind, body: bytes | Mapping[str, Any]) -> None:
         if self.wal is not None:
             self.wal.append(kind, body)

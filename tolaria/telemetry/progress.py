@@ -175,14 +175,11 @@ class Progress:
         if summary.state_digest:
             results.append(("state", report.digest_line(summary.state_digest)))
         styles = {"mode": "yellow", "accuracy": "green" if summary.before_growth else ""}
-        commands = [line for command in summary.commands for line in report.command_lines(command)]
         paths = [("run", summary.run_dir), ("checkpoint", summary.checkpoint)]
         places = [*((label, short_path(path)) for label, path in paths), ("resume", summary.resume)]
         self._print(Text())
         self._block(report.headline(summary), results, styles=styles)
-        incidents = [line for incident in summary.incidents for line in report.incident_lines(incident)]
-        seeds = [report.seed_line(seed) for seed in summary.seeds]
-        for title, lines in (("Seeds", seeds), ("Commands", commands), ("Incidents", incidents)):
+        for title, lines in report.sections(summary):
             if lines:
                 self._print(Text())
                 self._block(title, lines)

@@ -85,6 +85,15 @@ def incident_lines(incident: IncidentRecord) -> Iterator[tuple[str, str]]:
     yield "  then", ", ".join(done)
 
 
+def sections(summary: RunSummary) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What follows the results, by title: seeds, commands, incidents; those without lines are empty."""
+    return [
+        ("Seeds", [seed_line(seed) for seed in summary.seeds]),
+        ("Commands", [line for command in summary.commands for line in command_lines(command)]),
+        ("Incidents", [line for incident in summary.incidents for line in incident_lines(incident)]),
+    ]
+
+
 def digest_line(digests: Mapping[int, str]) -> str:
     """Whether all ranks ended with the same state."""
     found = Counter(digests.values())
