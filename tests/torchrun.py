@@ -196,6 +196,8 @@ class Job:
                 process.kill()
         psutil.wait_procs([p for p in alive if p.pid != self.process.pid], timeout=GONE_S)
         self.process.wait()
+        for name in _shared_memory() - self._shared_memory:
+            (Path("/dev/shm") / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -128,10 +128,7 @@ def _assemble(
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress)
     facts = facts_of(config, make_task, world)
-    _write_config(config, run, world)
-    progress.start(start_info(config, state, world, run))
-    events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
-                parameters=state.parameter_count, versions=versions(), optimizer=optim.name)  # fmt: skip
+    _announce(config, state, optim.name, world, run, events, progress)
     page = watch_ranks(config, world, run, events, cleanup)
     ring = _ring(config, world, run, cleanup)
     journal = open_journal(config, world, run, facts)
@@ -174,6 +171,17 @@ def _assemble(
         trainer.load_local_meta(saved.local_meta, saved.first_meta)
     record.counters["restarts"] += run.restarted
     return trainer
+
+
+def _announce(
+    config: Config, state: TrainState, optimizer: str, world: World, run: RunDir, events: EventLog, progress: Progress
+) -> None:
+    """What is about to run: to the person, to the run directory, to the events."""
+    if world.is_coordinator:
+        _write_config(config, run)
+        progress.start(start_info(config, state, world, run))
+    events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
+                parameters=state.parameter_count, versions=versions(), optimizer=optimizer)  # fmt: skip
 
 
 def _keepers(
@@ -281,9 +289,7 @@ def _metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None
     return metrics
 
 
-def _write_config(config: Config, run: RunDir, world: World) -> None:
-    if not world.is_coordinator:
-        return
+def _write_config(config: Config, run: RunDir) -> None:
     try:
         FileOps().replace_file(run.path / "config.toml", to_toml(config).encode())
     except OSError as error:

@@ -169,7 +169,7 @@ class Comeback:
 
     def forget_earlier_starts(self) -> None:
         """With a snapshot of this start on every rank, those that earlier starts left are not needed. Collective."""
-        if self.ring.held():
+        if self.ring.survives and self.ring.held():
             # Every rank must have its own before one deletes what a restart would otherwise go on from.
             self.world.peers.barrier()
             sweep(self.ring.run_id, self.ring.generation, self.ring.directory)

@@ -51,7 +51,7 @@ FAULTS = {
     "malformed": Fault(dict.fromkeys(AT_ONCE, "schema"), rejected=frozenset({"parse"})),
     "unknownenum": Fault({}, refused=("enum", "enum", "enum")),
     "illegal": Fault(
-        {}, refused=("illegal_transition", "illegal_transition", "unknown_seed", "unknown_blueprint", "unsupported")
+        {}, refused=("illegal_transition", "illegal_transition", "unknown_seed", "unknown_blueprint", "no_checkpoint")
     ),
     "wild": Fault({}, refused=("not_finite", "not_finite", "not_finite", "not_finite", "range", "range")),
 }
@@ -154,7 +154,7 @@ def test_conservative_mode_is_entered_by_a_failure_and_left_after_healthy_bounda
     assert [d["conservative"] for d in ran.events("decision")] == [True, True, True, *[False] * (EPOCHS - 3)]
     # The same wish at every boundary: not while the mode is conservative, then once.
     applied = [(e["step"], e["what"]) for e in ran.events("command_applied")]
-    assert ran.refused() == ["conservative"] * 2 + ["illegal_transition"] * (EPOCHS - 4)
+    assert ran.refused() == ["conservative"] * 2 + ["already_applied"] * (EPOCHS - 4)
     assert applied == [(24, "germinate early with low_rank")]
     assert ran.summary["seeds"][0]["stage"] == SeedStage.GERMINATED.name
 
@@ -240,5 +240,5 @@ def test_conservative_mode_is_that_of_both_ranks(two_ranks: RankPool, tmp_path: 
     with misbehaving("recovering") as peer:
         place = peer.place
         ran = run_on_two_ranks(two_ranks, tmp_path / "run", endpoint=place.endpoint, key_file=place.key_file)
-    assert ran.refused() == ["conservative"] * 2 + ["illegal_transition"] * (EPOCHS - 4)
+    assert ran.refused() == ["conservative"] * 2 + ["already_applied"] * (EPOCHS - 4)
     assert len(ran.events("command_applied")) == 1

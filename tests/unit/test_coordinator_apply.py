@@ -82,8 +82,6 @@ def optimizer(group: str = "host", **values: float) -> Command:
 
 
 REFUSED: list[tuple[Command, str]] = [
-    (do.rollback(), "unsupported"),
-    (do.rollback(step=1), "unsupported"),
     (do.pause(), "unsupported"),
     (bare(CommandType.EMERGENCY), "unsupported"),
     (bare(CommandType.STRUCTURAL_PRUNING), "unsupported"),

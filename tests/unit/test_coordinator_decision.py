@@ -104,7 +104,7 @@ SEED_OPERATIONS = [
 @pytest.mark.parametrize(
     "command",
     [
-        do.rollback(), do.rollback(step=3), do.pause(),
+        do.pause(),
         bare(CommandType.EMERGENCY), bare(CommandType.STRUCTURAL_PRUNING),
         Command(command_id="c", command_type=CommandType.CIRCUIT_BREAKER, payload=breaker(CircuitState.HALF_OPEN)),
     ],

@@ -16,6 +16,8 @@ from tolaria.leyline.codec import ReceivedReply, decode_request, encode_request
 from tolaria.leyline.limits import MAX_MEASUREMENT
 from tolaria.leyline.types import HardwareContext, PolicyRequest, SeedStage, SystemState
 from tolaria.measure import Report
+from tolaria.recovery.journal import Journal
+from tolaria.recovery.timeline import Timeline
 from tolaria.tamiyo.client import PolicyClient
 
 HEALTHY = Report(0.75, 0.5, 0.25, {"top2": 0.875})
@@ -44,7 +46,8 @@ def coordinator(rig: Rig, client: Recorder | None) -> Coordinator:
     )
     return Coordinator(
         rig.state, rig.replica, rig.world, TamiyoConfig(), rig.events, facts=facts, client=client, revive=None,
-        sample=lambda: rig.batches()[0], wall_ns=lambda: 5,
+        journal=Journal(Timeline(), wal=None, good_after=2), rest_boundaries=3, sample=lambda: rig.batches()[0],
+        wall_ns=lambda: 5,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from tolaria.recovery.arena import PAGE_BYTES, Header, json_sha256, parse_header
 from tolaria.recovery.sentinel import tensor_hash
 from tolaria.recovery.snapshots import Snapshot, SnapshotInfo, snapshot_of
 
+_PAGE = re.compile(r"tolaria-([A-Za-z0-9_.+-]{1,16})-([0-9A-Za-z]+)-page", re.ASCII)
 _NAME = re.compile(r"tolaria-([A-Za-z0-9_.+-]{1,16})-([0-9A-Za-z]+)-r([0-9]+)-([0-9])", re.ASCII)
 
 
@@ -66,11 +67,15 @@ def read(found: Found) -> Snapshot:
 
 
 def sweep(run_id: str, keep_generation: str | None, directory: Path) -> list[str]:
-    """Delete what starts of this run left, but for one generation's, and what dead runs without a directory left.
+    """Delete what starts of this run left, but for one generation's, and what dead runs without a directory left:
+    snapshots, and the pages of this run.
 
     Returns the names. Local; what another user owns stays.
     """
     deleted = []
+    for path in _pages(run_id, keep_generation, directory):
+        path.unlink(missing_ok=True)
+        deleted.append(path.name)
     for path, generation, _ in _files(None, directory):
         ours = path.name.startswith(f"tolaria-{run_id[:16]}-")
         if (ours and generation != keep_generation) or (not ours and _is_orphan(path)):
@@ -88,6 +93,15 @@ def _is_orphan(path: Path) -> bool:
     return (
         isinstance(pid, int) and isinstance(run_dir, str) and not psutil.pid_exists(pid) and not Path(run_dir).exists()
     )
+
+
+def _pages(run_id: str, keep_generation: str | None, directory: Path) -> list[Path]:
+    try:
+        matches = [_PAGE.fullmatch(name) for name in sorted(os.listdir(directory))]
+    except OSError:
+        return []
+    found = [directory / m[0] for m in matches if m and m[1] == run_id[:16] and m[2] != keep_generation]
+    return [path for path in found if path.lstat().st_uid == os.geteuid()]
 
 
 def _files(run_id: str | None, directory: Path) -> Iterator[tuple[Path, str, int]]:
