@@ -112,7 +112,7 @@ class Job:
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of one rank; waits until there is one."""
-        return self.wait_until(lambda: self._find_rank(rank), f"rank {rank}")
+        return self.wait_until(lambda: self.find_rank(rank), f"rank {rank}")
 
     def policy_server(self) -> psutil.Process:
         """The embedded policy server; waits until there is one."""
@@ -121,10 +121,11 @@ class Job:
     def _find(self, module: str) -> psutil.Process | None:
         return next((p for p in self.processes() if module in _words(p)), None)
 
-    def _find_rank(self, rank: int) -> psutil.Process | None:
+    def find_rank(self, rank: int, module: str = "tolaria.launch") -> psutil.Process | None:
+        """The process of one rank, None as long as there is none."""
         for process in self.processes():
             words = _words(process)
-            if "tolaria.launch" not in words or "torch.distributed.run" in words:
+            if module not in words or "torch.distributed.run" in words:
                 continue
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("RANK", "0") == str(rank):

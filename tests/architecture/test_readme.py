@@ -7,11 +7,13 @@ from tests.architecture.source import ROOT
 # Command as in a ```sh block of README.md -> (the test that runs it, text by which the test's source shows it).
 EXAMPLES = "tests/integration/test_readme_examples.py"
 DIGITS = "-m tolaria.launch --config launch/configs/digits.toml"
+SPIKE = "-m tolaria.launch --config launch/configs/spike.toml"
 MINE = "python -m tolaria.launch --task my_model:make_task"
 SERVICE = "--tamiyo.endpoint ipc:///tmp/policy.sock --tamiyo.key_file keys/shared.key"
 SERVE = "-m tolaria.tamiyo.server --policy my_policy:OneSeed --bind ipc:///tmp/policy.sock --key-file keys/shared.key"
 TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make demo": ("tests/integration/test_demo.py", '"demo"'),
+    f"torchrun --nproc_per_node=2 {SPIKE}": ("tests/integration/test_spike.py", "launch/configs/spike.toml"),
     "make test": ("Makefile", "for stage in lint types architecture test"),
     f"torchrun --nproc_per_node=2 {DIGITS}": (EXAMPLES, f"torchrun --nproc_per_node=2 {DIGITS}"),
     f"torchrun --nproc_per_node=2 {DIGITS} --resume auto": (EXAMPLES, f"{DIGITS} --resume auto"),

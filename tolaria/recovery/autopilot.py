@@ -70,7 +70,9 @@ class SpikeWatch:
         if len(self._losses) >= self._config.spike_min_losses:
             usual = median(self._losses)
             if usual > 0 and fact.loss > self._config.spike_ratio * usual:
-                reason = f"loss {fact.loss:.4g} is {fact.loss / usual:.3g} times the running median {usual:.4g}"
+                times = fact.loss / usual
+                often = f"{times:.1f}" if times < 100 else f"{times:,.0f}"
+                reason = f"loss {fact.loss:.4g} is {often} times the running median {usual:.4g}"
                 return self._incident("loss_spike", reason, [fact])
         self._losses.append(fact.loss)
         return None
