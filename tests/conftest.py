@@ -20,6 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.faults import matrix
+
 MARK = "TOLARIA_TEST_SESSION"  # inherited by everything that a test starts, also once its parent is gone
 GRACE_S = 3.0  # a stopped thread or process may need a moment to be gone
 DUMP_BEFORE_DEADLINE_S = 5.0
@@ -39,6 +41,39 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # lets SIGABRT show the stacks of a process that is left behind
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         config.stash[stderr_fd] = os.dup(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="the rows of the fault matrix only, with a table at the end")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`--faults` keeps the tests of the matrix; without it the longest of them are left out."""
+    if config.getoption("--faults"):
+        wanted = [item for item in items if matrix.rows_of(item.nodeid)]
+    else:
+        named = config.args != config.getini("testpaths")
+        wanted = [item for item in items if named or not item.nodeid.startswith(matrix.LONG)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The fault matrix: what was expected, whether it was so, how long it took."""
+    if not config.getoption("--faults"):
+        return
+    seen: dict[int, matrix.Seen] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in matrix.rows_of(report.nodeid):
+                found = seen.setdefault(row.number, matrix.Seen())
+                found.passed += outcome == "passed"
+                found.failed += outcome in ("failed", "error")
+                found.skipped += outcome == "skipped"
+                found.seconds += report.duration
+    terminalreporter.section("fault matrix")
+    for line in matrix.table(seen):
+        terminalreporter.write_line(line)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

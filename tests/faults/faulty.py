@@ -26,6 +26,7 @@ PLACES = {
     "renamed": ("tolaria.recovery.fsops:FileOps.rename", "after"),
     "snapshot": ("tolaria.recovery.arena:Arena.write", "before"),
     "confirmed": ("tolaria.recovery.arena:Arena.validate", "before"),
+    "at-step": ("tolaria.state:TrainState.after_step", "after"),
     "step": ("tolaria.state:TrainState.after_step", "after"),
     "growing": ("tolaria.kasmina.host:Kasmina.apply", "before"),
     "received": ("tolaria.coordinator.coordinator:decode_decision", "before"),
@@ -66,6 +67,8 @@ def plant(place: str, nth: int, action: str) -> None:
         if passed == nth and when == "before":
             strike(action, place)
         result = original(*args, **kwargs)
+        if place == "at-step":
+            passed = args[0].step
         if passed == nth and when == "after":
             strike(action, place)
         return result

@@ -22,9 +22,11 @@ BATCH_DELAY_S = 0.005
 
 
 class HeldData(Dataset[tuple[Tensor, Tensor]]):
-    """Gives whole batches; batch number ``hold_at`` waits for ``go``, batch number ``raise_at`` raises on rank 1."""
+    """Gives whole batches; ``hold_at`` waits for ``go``, ``raise_at`` raises on rank 1, ``nan`` are bad there."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, hold_dir: str, hold_at: int, raise_at: int) -> None:
+    def __init__(self, inputs: Tensor, targets: Tensor, hold_dir: str, hold_at: int, raise_at: int, nan: range) -> None:
+        # A start after a death reads other batches under the same numbers.
+        self.nan = nan if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else range(0)
         self.inputs, self.targets = inputs, targets
         self.hold_dir = Path(hold_dir) if hold_dir else None
         self.hold_at = hold_at
@@ -42,7 +44,8 @@ class HeldData(Dataset[tuple[Tensor, Tensor]]):
             self._meet_fault()
         time.sleep(BATCH_DELAY_S)
         chosen = torch.tensor(indices)
-        return self.inputs[chosen], self.targets[chosen]
+        factor = float("nan") if self.batches in self.nan and self.rank == 1 else 1.0
+        return self.inputs[chosen] * factor, self.targets[chosen]
 
     def _meet_fault(self) -> None:
         if self.batches == self.raise_at and self.rank == 1:
@@ -67,7 +70,7 @@ class Host(nn.Module):
         return logits
 
 
-def make_task(hold_dir: str = "", hold_at: int = 0, raise_at: int = 0) -> Task:
+def make_task(hold_dir: str = "", hold_at: int = 0, raise_at: int = 0, nan_from: int = 0, nan_to: int = 0) -> Task:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(SAMPLES + 20, FEATURES, generator=generator)
     targets = (inputs[:, 0] * inputs[:, 1]).sign().long() + 1
@@ -76,7 +79,7 @@ def make_task(hold_dir: str = "", hold_at: int = 0, raise_at: int = 0) -> Task:
         model=Host(),
         loss=lambda outputs, wanted: nn.functional.cross_entropy(outputs, wanted, reduction="none"),
         accuracy=lambda outputs, wanted: (outputs.argmax(1) == wanted).float(),
-        train=HeldData(inputs[:SAMPLES], targets[:SAMPLES], hold_dir, hold_at, raise_at),
+        train=HeldData(inputs[:SAMPLES], targets[:SAMPLES], hold_dir, hold_at, raise_at, range(nan_from, nan_to)),
         validation=validation,
         collate=collate,
         slots={"mid": SLOT_PATH},

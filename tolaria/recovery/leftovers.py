@@ -101,7 +101,15 @@ def _pages(run_id: str, keep_generation: str | None, directory: Path) -> list[Pa
     except OSError:
         return []
     found = [directory / m[0] for m in matches if m and m[1] == run_id[:16] and m[2] != keep_generation]
-    return [path for path in found if path.lstat().st_uid == os.geteuid()]
+    return [path for path in found if (status := _status(path)) is not None and status.st_uid == os.geteuid()]
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None when another rank has deleted it in the meantime."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
 
 
 def _files(run_id: str | None, directory: Path) -> Iterator[tuple[Path, str, int]]:
@@ -113,9 +121,8 @@ def _files(run_id: str | None, directory: Path) -> Iterator[tuple[Path, str, int
         match = _NAME.fullmatch(name)
         if match is None or (run_id is not None and match[1] != run_id[:16]):
             continue
-        try:
-            status = (directory / name).lstat()
-        except FileNotFoundError:
+        status = _status(directory / name)
+        if status is None:
             continue
         if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
             yield directory / name, match[2], int(match[3])

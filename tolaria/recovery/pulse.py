@@ -11,6 +11,8 @@ import threading
 from contextlib import suppress
 from typing import Self
 
+import psutil
+
 from tolaria.recovery.page import Page
 
 PERIOD_S = 0.01
@@ -60,7 +62,15 @@ class Pulse:
         return self._watchdog >= 0 and bool(self._poll.poll(0))
 
     def _die(self) -> None:
-        sys.stderr.write("tolaria: the watchdog is gone; this rank ends, so that nothing trains on unwatched\n")
-        faulthandler.dump_traceback(all_threads=True)
+        if _lives(self._page.rank_line(0).pid):
+            sys.stderr.write("tolaria: the watchdog is gone; this rank ends, so that nothing trains on unwatched\n")
+            faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         os._exit(WATCHDOG_LOST)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
