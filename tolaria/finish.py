@@ -39,6 +39,8 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
     Raises ReplicaMismatch on every rank, after the summary was written, when the ranks ended with different states.
     """
     parts, state = trainer.parts, trainer.state
+    # A run that gave up may have done so in the middle of a step.
+    parts.saver.replica.synchronise_buffers()
     digests = world.peers.gather_digests(state.digest())
     summary = _summary(outcome, trainer, world, run, digests)
     if world.is_coordinator:

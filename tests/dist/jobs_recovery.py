@@ -4,6 +4,7 @@ A fault strikes once, at a step of this rank; when the run comes by that step ag
 job returns says whether it struck.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from tests.dist import jobs_resume as jobs
 from tests.dist.jobs_resume import Points, indices_of_step, own_rank
 from tolaria import build
+from tolaria.alarm import Alarm
+from tolaria.comeback import Comeback
 from tolaria.config import Config
 from tolaria.config_recovery import RecoveryConfig
 from tolaria.errors import TolariaError
@@ -109,6 +112,7 @@ def run(
     returns: Sequence[dict[str, Any]] = (),
     open_host: bool = False,
     slow: str = "",
+    alarm: dict[str, Any] | None = None,
     **config: Any,
 ) -> dict[str, Any]:
     """Train with these faults. ``returns``: what the run is to do by itself at a step, as a return there would."""
@@ -121,7 +125,6 @@ def run(
         ended = after_step(state, taken=taken)
         for fault in planned:
             fault.strike(state)
-        take(state, returns)
         return ended
 
     def make_task() -> Task:
@@ -130,12 +133,41 @@ def run(
 
     error = ""
     summary: RunSummary | None = None
-    with patch.object(TrainState, "after_step", struck), slowed(slow):
+    take_effects = Comeback.take_effects
+
+    def scripted(self: Comeback) -> bool | None:
+        taken = take(self.state, returns)
+        ended = take_effects(self)
+        return False if taken else ended
+
+    patches = (patch.object(TrainState, "after_step", struck), patch.object(Comeback, "take_effects", scripted))
+    with patches[0], patches[1], slowed(slow), alarmed(alarm):
         try:
             summary = build.train(recovery_config(folder, **config), task=make_task)
         except TolariaError as raised:
             error = f"{type(raised).__name__}: {raised}"
     return {"struck": [fault.struck for fault in planned], "bad": data.struck, "error": error, **told(summary)}
+
+
+@contextmanager
+def alarmed(plan: dict[str, Any] | None) -> Iterator[None]:
+    """Raise an emergency on one rank before one step; ``clear_s``: take it back everywhere after so long."""
+    if plan is None or own_rank() != plan["rank"]:
+        yield
+        return
+    level, raised = Alarm.level, []
+
+    def raising(self: Alarm) -> int:
+        if self.events.step == plan["step"] and not raised:
+            raised.append(True)
+            self.page.raise_level(plan["level"], "planted")
+            if "clear_s" in plan:
+                threading.Timer(plan["clear_s"], lambda: self.page.clear(everywhere=True)).start()
+        return level(self)
+
+    with patch.object(Alarm, "level", raising):
+        yield
+    assert raised
 
 
 @contextmanager
@@ -162,13 +194,13 @@ def slowed(phase: str) -> Iterator[None]:
         yield
 
 
-def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> None:
-    """Do at a step what a return to it would have decided."""
-    for planned in returns:
-        if state.step == planned["step"]:
-            state.sampler.skip([(epoch, start, end) for epoch, start, end in planned["skip"]])
-            if planned.get("conservative", True):
-                state.mode = Mode(conservative=True, reason=planned["reason"])
+def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> bool:
+    """Do at a step what a return to it would have decided; whether there was any."""
+    due = [planned for planned in returns if state.step == planned["step"]]
+    for planned in due:
+        state.sampler.skip([(epoch, start, end) for epoch, start, end in planned["skip"]])
+        state.mode = Mode(conservative=True, reason=planned["reason"])
+    return bool(due)
 
 
 class OpenHost(nn.Module):

@@ -176,3 +176,61 @@ def test_a_fast_return_that_misses_its_deadline_leaves_it_to_the_checkpoint(
     assert run["incidents"][0][3].startswith("checkpoint c")
     assert {phase for _, phase in by_rank(folder, "fast_return_failed", "phase")} == {"commit"}
     assert (run["outcome"], run["digest"]) == ("finished", clean)
+
+
+# Emergencies and commands
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_emergency_of_level_3_goes_back_in_conservative_mode(two: Run, rank: int, tmp_path: Path) -> None:
+    ranks = two(folder=str(tmp_path / "run"), alarm={"rank": rank, "step": 14, "level": 3})
+    run = same(ranks)
+    assert run["incidents"] == [["emergency", 14, 12, "snapshot of step 12", 0]]
+    scripted = same(two(
+        folder=str(tmp_path / "scripted"),
+        returns=[{"step": 12, "skip": [], "reason": "emergency at step 14"}],
+    ))  # fmt: skip
+    assert run["digest"] == scripted["digest"]
+
+
+def test_an_emergency_of_level_2_goes_back_to_a_good_checkpoint(two: Run, clean: str, tmp_path: Path) -> None:
+    run = same(two(folder=str(tmp_path / "run"), alarm={"rank": 1, "step": 16, "level": 2}))
+    ((cause, _, _, source, _),) = run["incidents"]
+    assert cause == "emergency" and source.startswith("checkpoint c")
+    assert (run["outcome"], run["digest"]) == ("finished", clean)
+
+
+def test_a_notice_changes_nothing(two: Run, clean: str, tmp_path: Path) -> None:
+    run = same(two(folder=str(tmp_path / "run"), alarm={"rank": 1, "step": 16, "level": 1}))
+    assert (run["incidents"], run["digest"]) == ([], clean)
+    assert ("planted",) in {event[1:] for event in by_rank(tmp_path / "run", "emergency", "reason")}
+
+
+def test_a_halt_that_is_cleared_leaves_no_trace(two: Run, clean: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = same(two(folder=str(folder), alarm={"rank": 1, "step": 14, "level": 4, "clear_s": 0.5}))
+    assert by_rank(folder, "halted", "step") == [(0, 14), (1, 14)]
+    assert (run["incidents"], run["digest"]) == ([], clean)
+
+
+def test_a_halt_that_is_not_cleared_saves_the_state_and_ends(two: Run, clean: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), alarm={"rank": 1, "step": 14, "level": 4}, recovery={"halt_wait_s": 0.3})
+    assert [rank["error"].partition(" and")[0] for rank in ranks] == ["RunHalted: halted (planted)"] * 2
+    assert by_rank(folder, "run_ended", "outcome", "steps") == [(0, "halted", 14), (1, "halted", 14)]
+    resumed = same(two(folder=str(folder), resume=True))
+    assert {event[1] for event in by_rank(folder, "resumed", "saved_step")} == {12}
+    assert (resumed["outcome"], resumed["digest"]) == ("finished", clean)
+
+
+def test_the_policy_may_ask_for_a_return(two: Run, clean: str, tmp_path: Path) -> None:
+    commands = [entry for entry in SCRIPT if entry[0] <= 3]
+    path = Path(write_script(tmp_path / "script.toml", commands))
+    path.write_text(path.read_text() + '\n[[command]]\nboundary = 7\nop = "rollback"\n')
+    run = same(two(folder=str(tmp_path / "run"), script=str(path)))
+    ((cause, step, to_step, source, _),) = run["incidents"]
+    assert (cause, step) == ("command", 21) and source.startswith("checkpoint c") and to_step < 21
+    # The boundary came again and the command with it: one return in so many boundaries is enough.
+    refused = {code for _, code in by_rank(tmp_path / "run", "command_refused", "code")}
+    assert refused == {"rate_limit"}
+    assert (run["outcome"], run["digest"]) == ("finished", clean)
