@@ -234,3 +234,36 @@ def told(summary: RunSummary | None) -> dict[str, Any]:
         "incidents": [[i.cause, i.step, i.to_step, i.source, i.samples_left_out] for i in summary.incidents],
         "stages": {seed.slot: seed.stage for seed in summary.seeds},
     }
+
+
+class SpoiledIndices(jobs.Indices):
+    """Sample i is i, with a target that is added to its loss: a million in one read."""
+
+    def __init__(self, spoiled: list[int]) -> None:
+        super().__init__(jobs.TRAIN_SAMPLES)
+        self.spoiled = spoiled
+        self.struck = 0
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
+        bad = indices == self.spoiled
+        self.struck += bad
+        return [(i, 1_000_000 if bad else 1) for i in indices]
+
+
+def plus_target(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The model's output and the target, (batch,)."""
+    return outputs + targets
+
+
+def count_samples_with_spike(folder: str, *, bad_step: int) -> dict[str, Any]:
+    """`jobs_resume.count_samples` over two epochs, of which one step's loss of rank 1 is a spike."""
+    data = SpoiledIndices(indices_of_step(bad_step) if own_rank() == 1 else [])
+    model = jobs.Counts(jobs.TRAIN_SAMPLES)
+    config = jobs.count_config(folder, epochs=2)
+
+    def make_task() -> Task:
+        validation = jobs.Indices(3)
+        return Task(model=model, loss=plus_target, train=data, validation=validation, accuracy=jobs.own_output)
+
+    summary = build.train(replace(config, recovery=RECOVERY), task=make_task)
+    return {"seen": [-v for v in model.seen.tolist()], "struck": data.struck, "incidents": told(summary)["incidents"]}

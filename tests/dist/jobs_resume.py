@@ -256,13 +256,11 @@ def own_output(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs
 
 
-def count_samples(folder: str, *, resume: bool = False, stop_step: int = 0) -> list[float]:
-    """Train one epoch by plain SGD with rate 1. Minus the parameters is, by sample, the weight it was seen with."""
-    watch = StopAt(indices_of_step(stop_step)) if stop_step else lambda indices: None
-    model = Counts(TRAIN_SAMPLES)
-    config = Config(
+def count_config(folder: str, *, resume: bool = False, epochs: int = 1) -> Config:
+    """Plain SGD with rate 1 and nothing else."""
+    return Config(
         run=run_config(folder, resume=resume, accept_changes=resume),
-        train=TrainConfig(epochs=1, batch_size=BATCH, clip_norm=0),
+        train=TrainConfig(epochs=epochs, batch_size=BATCH, clip_norm=0),
         precision=PrecisionConfig(amp="off"),
         compile=CompileConfig(enabled=False),
         optim=OptimConfig(name="sgd", lr=1.0, momentum=0, weight_decay=0),
@@ -271,6 +269,13 @@ def count_samples(folder: str, *, resume: bool = False, stop_step: int = 0) -> l
         dist=DISTRIBUTED,
         log=SILENT,
     )
+
+
+def count_samples(folder: str, *, resume: bool = False, stop_step: int = 0) -> list[float]:
+    """Train one epoch by plain SGD with rate 1. Minus the parameters is, by sample, the weight it was seen with."""
+    watch = StopAt(indices_of_step(stop_step)) if stop_step else lambda indices: None
+    model = Counts(TRAIN_SAMPLES)
+    config = count_config(folder, resume=resume)
 
     def make_counting_task() -> Task:
         return Task(

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from tests.dist.jobs_resume import BATCH, TRAIN_SAMPLES
+from tests.dist.jobs_resume import BATCH, SEED, TRAIN_SAMPLES
 from tests.dist.test_resume import SCRIPT, by_rank, write_script
 from tests.ranks import RankPool
+from tolaria.data import EpochSampler
 
 Run: TypeAlias = Callable[..., list[dict[str, Any]]]
 STEPS = 24
@@ -100,6 +101,22 @@ def test_a_spike_goes_back_leaves_the_samples_out_and_goes_on(two: Run, tmp_path
         returns=[{"step": 12, "skip": [window(bad)], "reason": f"loss_spike at step {bad}"}],
     ))  # fmt: skip
     assert run["digest"] == scripted["digest"]
+
+
+def test_every_sample_but_those_left_out_is_seen_exactly_once_an_epoch(two_ranks: RankPool, tmp_path: Path) -> None:
+    bad = 8
+    first, second = two_ranks.run(
+        "tests.dist.jobs_recovery:count_samples_with_spike", folder=str(tmp_path / "run"), bad_step=bad
+    )
+    assert (first["struck"], second["struck"]) == (0, 1)
+    assert first["incidents"] == second["incidents"] == [["loss_spike", bad, 8 - 4, "snapshot of step 4", GROUP]]
+    sampler = EpochSampler(TRAIN_SAMPLES, seed=SEED, rank=0, world_size=1, batch_size=GROUP, accumulation=1)
+    weights = [0.0] * TRAIN_SAMPLES
+    for step in range(1, 2 * STEPS_PER_EPOCH + 1):
+        epoch, start, end = window(step)
+        for index in sampler.order(epoch)[start:end] if step != bad else ():
+            weights[index] += 1 / (end - start)
+    assert first["seen"] == second["seen"] == pytest.approx(weights, rel=1e-6)
 
 
 def test_three_steps_in_a_row_without_a_finite_gradient_go_back(two: Run, tmp_path: Path) -> None:

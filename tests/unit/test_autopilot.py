@@ -121,6 +121,7 @@ def test_only_returns_near_this_place_widen_what_is_blamed() -> None:
     ([0.5, 2.6], [0.9, 0.5], False),
     ([0.5, 2.4], [0.9, 0.1], False),
     ([0.5, 0.4, 2.3], [0.8, 0.9, 0.3], True),
+    ([-0.1, -0.2], [0.4, 0.1], False),
     ([0.1, *[1.0] * 8, 2.0], [0.9] * 10, False),
 ])  # fmt: skip
 def test_a_collapse_is_a_multiple_of_the_best_loss_at_half_the_best_accuracy(

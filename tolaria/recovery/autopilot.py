@@ -131,7 +131,8 @@ def collapse(losses: Iterable[float], accuracies: Iterable[float], ratio: float)
     if not before:
         return None
     best, reached = min(before[-COLLAPSE_HISTORY:]), max(former[-COLLAPSE_HISTORY:])
-    if loss > ratio * best and accuracy < reached / 2:
+    # A ratio says nothing of losses that may be negative.
+    if 0 < best < loss / ratio and accuracy < reached / 2:
         return f"validation loss {best:.4g} -> {loss:.4g}, accuracy {reached:.1%} -> {accuracy:.1%}"
     return None
 
