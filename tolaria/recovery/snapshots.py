@@ -105,6 +105,7 @@ class SnapshotRing:
         if slot is None:
             return None
         slot.arena.invalidate()
+        slot.info, slot.confirmed = None, False
         views = slot.views()
         _copy(sources, views)
         hashes = {name: tensor_hash(tensor) for name, tensor in views.items()}
