@@ -25,6 +25,8 @@ from tolaria.leyline.types import (
     Command,
     CommandType,
     Decision,
+    EmergencyLevel,
+    EmergencySignal,
     FieldOutcome,
     FieldReport,
     HardwareContext,
@@ -172,6 +174,14 @@ def check_report(report: FieldReport) -> None:
     check_integer("report.observation_window_epochs", report.observation_window_epochs, limits.MAX_UINT32)
     check_integer("report.issued_at_ns", report.issued_at_ns, limits.MAX_TIME_NS)
     check_numbers("report.metrics", report.metrics, most=limits.MAX_SEED_METRICS, bound=limits.MAX_MEASUREMENT)
+
+
+def check_signal_values(signal: EmergencySignal) -> None:
+    """Check the level and the texts of an emergency; its mark is the frame's affair."""
+    check_enum("signal.level", signal.level, EmergencyLevel)
+    check_text("signal.reason", signal.reason)
+    check_text("signal.origin", signal.origin)
+    check_integer("signal.mark", signal.mark, limits.MAX_UINT64)
 
 
 def check_decision(decision: Decision) -> None:

@@ -14,7 +14,13 @@ from google.protobuf.message import DecodeError, Message
 
 from tolaria.errors import MessageRejected
 from tolaria.leyline import limits
-from tolaria.leyline.checks import check_command, check_decision, check_report, check_state
+from tolaria.leyline.checks import (
+    check_command,
+    check_decision,
+    check_report,
+    check_signal_values,
+    check_state,
+)
 from tolaria.leyline.convert import (
     command_from_wire,
     command_to_wire,
@@ -25,9 +31,10 @@ from tolaria.leyline.convert import (
     state_from_wire,
     state_to_wire,
 )
+from tolaria.leyline.convert_signal import signal_from_wire, signal_to_wire
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.generated import tolaria_pb2 as tolaria_pb
-from tolaria.leyline.types import Command, Decision, PolicyReply, PolicyRequest, SystemState
+from tolaria.leyline.types import Command, Decision, EmergencySignal, PolicyReply, PolicyRequest, SystemState
 from tolaria.leyline.wire import check_wire
 
 _M = TypeVar("_M", bound=Message)
@@ -117,6 +124,20 @@ def decode_reply(raw: bytes) -> ReceivedReply:
     reply = ReceivedReply(commands=tuple(wire.commands), policy_version=wire.policy_version)
     _check_reply(reply)
     return reply
+
+
+def encode_signal(signal: EmergencySignal, *, raised_at_ns: int = 0) -> bytes:
+    """An EmergencySignal, at most MAX_SIGNAL_BYTES, without its mark. ``raised_at_ns``: wall clock; 0: not said."""
+    check_signal_values(signal)
+    limits.check_integer("raised_at_ns", raised_at_ns, limits.MAX_TIME_NS)
+    return _serialize(signal_to_wire(signal, raised_at_ns), limits.MAX_SIGNAL_BYTES)
+
+
+def decode_signal(raw: bytes, *, mark: int) -> EmergencySignal:
+    """An EmergencySignal, checked. ``mark``: the sequence number of the verified frame that carried it."""
+    signal = signal_from_wire(_parse(raw, pb.EmergencySignal, limits.MAX_SIGNAL_BYTES), mark)
+    check_signal_values(signal)
+    return signal
 
 
 def encode_decision(decision: Decision) -> bytes:

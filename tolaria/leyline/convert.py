@@ -118,7 +118,7 @@ def _seed_to_wire(seed: SeedState) -> pb.SeedState:
 def _seed_from_wire(seed: pb.SeedState) -> SeedState:
     return SeedState(
         seed_id=seed.seed_id,
-        stage=_member("SeedState.stage", SeedStage, seed.stage),
+        stage=member("SeedState.stage", SeedStage, seed.stage),
         gradient_norm=seed.gradient_norm,
         learning_rate=seed.learning_rate,
         layer_depth=seed.layer_depth,
@@ -140,7 +140,7 @@ def report_to_wire(report: FieldReport) -> pb.FieldReport:
         outcome=cast(pb.FieldReportOutcome, report.outcome),
         metrics=report.metrics,
         observation_window_epochs=report.observation_window_epochs,
-        issued_at=_timestamp(report.issued_at_ns),
+        issued_at=timestamp(report.issued_at_ns),
         tamiyo_policy_version=report.tamiyo_policy_version,
         notes=report.notes,
     )
@@ -154,7 +154,7 @@ def report_from_wire(report: pb.FieldReport) -> FieldReport:
         report_id=report.report_id,
         command_id=report.command_id,
         training_run_id=report.training_run_id,
-        outcome=_member("FieldReport.outcome", FieldOutcome, report.outcome),
+        outcome=member("FieldReport.outcome", FieldOutcome, report.outcome),
         seed_id=report.seed_id,
         blueprint_id=report.blueprint_id,
         metrics=dict(report.metrics),
@@ -173,7 +173,7 @@ def command_to_wire(command: Command) -> pb.AdaptationCommand:
         command_type=cast(pb.CommandType, command.command_type),
         target_seed_id=command.target_seed_id,
         execution_deadline_ms=command.execution_deadline_ms,
-        issued_at=_timestamp(command.issued_at_ns),
+        issued_at=timestamp(command.issued_at_ns),
         issued_by=command.issued_by,
         annotations=command.annotations,
     )
@@ -202,7 +202,7 @@ def command_from_wire(wire: pb.AdaptationCommand) -> Command:
     check_version("AdaptationCommand", wire.version)
     return Command(
         command_id=wire.command_id,
-        command_type=_member("AdaptationCommand.command_type", CommandType, wire.command_type),
+        command_type=member("AdaptationCommand.command_type", CommandType, wire.command_type),
         target_seed_id=wire.target_seed_id,
         payload=_payload_from_wire(wire),
         execution_deadline_ms=wire.execution_deadline_ms,
@@ -217,7 +217,7 @@ def _payload_from_wire(wire: pb.AdaptationCommand) -> Payload | None:
     if which == "seed_operation":
         seed = wire.seed_operation
         return SeedCommand(
-            operation=_member("CommandSeedOperation.operation", SeedOp, seed.operation),
+            operation=member("CommandSeedOperation.operation", SeedOp, seed.operation),
             blueprint_id=seed.blueprint_id,
             parameters=dict(seed.parameters),
         )
@@ -226,7 +226,7 @@ def _payload_from_wire(wire: pb.AdaptationCommand) -> Payload | None:
         return OptimizerCommand(optimizer_id=adjustment.optimizer_id, hyperparameters=dict(adjustment.hyperparameters))
     if which == "circuit_breaker":
         breaker = wire.circuit_breaker
-        state = _member("CommandCircuitBreaker.desired_state", CircuitState, breaker.desired_state)
+        state = member("CommandCircuitBreaker.desired_state", CircuitState, breaker.desired_state)
         return BreakerCommand(desired_state=state, rationale=breaker.rationale)
     if which == "rollback_payload":
         return _rollback_from_wire(wire.rollback_payload)
@@ -279,14 +279,16 @@ def decision_from_wire(wire: tolaria_pb.Decision) -> Decision:
     )
 
 
-def _member(where: str, kind: type[_E], number: int) -> _E:
+def member(where: str, kind: type[_E], number: int) -> _E:
+    """The member of ``kind`` with this number. Raises MessageRejected("enum")."""
     try:
         return kind(number)
     except ValueError:
         raise MessageRejected("enum", f"{where}={number}: not a known value") from None
 
 
-def _timestamp(time_ns: int) -> Timestamp | None:
+def timestamp(time_ns: int) -> Timestamp | None:
+    """A time as the wire has it."""
     # 0 means "not said" and takes no bytes.
     return Timestamp(seconds=time_ns // _NS, nanos=time_ns % _NS) if time_ns else None
 

@@ -6,7 +6,7 @@
 Each direction of each run has its own key, derived from a shared master key by HKDF-SHA256 (RFC 5869), so that a
 frame can neither be reflected to its sender nor replayed into another run. Nothing of a frame is used before its
 MAC, taken over the received bytes, was verified. Whether a verified reply answers the question that is open is a
-separate check, `check_reply`.
+separate check, `check_reply`; an emergency answers nothing, and `check_signal` tells new ones from repetitions.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from enum import IntEnum
 
 from tolaria.errors import MessageRejected
 from tolaria.leyline.keys import KeyRing, load_key_file, new_key_file_text
-from tolaria.leyline.limits import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
+from tolaria.leyline.limits import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MAX_SIGNAL_BYTES
 
 __all__ = [
     "AUTH_CODES",
@@ -27,6 +27,8 @@ __all__ = [
     "FrameKind",
     "KeyRing",
     "check_reply",
+    "check_signal",
+    "claims_signal",
     "generation_number",
     "load_key_file",
     "new_key_file_text",
@@ -35,6 +37,7 @@ __all__ = [
     "request_header",
     "run_id_bytes",
     "seal",
+    "signal_header",
 ]
 
 MAGIC = b"TLY1"
@@ -55,6 +58,7 @@ class FrameKind(IntEnum):
 
     REQUEST = 1
     REPLY = 2
+    SIGNAL = 3
 
     @property
     def direction(self) -> str:
@@ -64,7 +68,7 @@ class FrameKind(IntEnum):
     @property
     def max_payload_bytes(self) -> int:
         """Largest payload of this kind."""
-        return MAX_REQUEST_BYTES if self is FrameKind.REQUEST else MAX_REPLY_BYTES
+        return _MAX_PAYLOAD_BYTES[self]
 
     @property
     def max_frame_bytes(self) -> int:
@@ -72,11 +76,20 @@ class FrameKind(IntEnum):
         return self.max_payload_bytes + OVERHEAD_BYTES
 
 
+_MAX_PAYLOAD_BYTES = {
+    FrameKind.REQUEST: MAX_REQUEST_BYTES,
+    FrameKind.REPLY: MAX_REPLY_BYTES,
+    FrameKind.SIGNAL: MAX_SIGNAL_BYTES,
+}
+_SIGNAL_BYTES = FrameKind.SIGNAL.to_bytes(2, "big")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrameHeader:
     """What a frame says about itself.
 
-    ``run_id`` and ``corr_id`` have 16 bytes, ``request_sha256`` 32: of the request's payload, in both directions.
+    ``run_id`` and ``corr_id`` have 16 bytes, ``request_sha256`` 32: of the request's payload, in both directions;
+    a signal belongs to no request and has zeros there.
     ``generation`` is a u32 (`generation_number`), ``boundary`` a u32, ``seq`` a u64 counted by the sender.
     ``wall_ns`` is the sender's wall clock, for telemetry only; ``key_id`` is filled by `seal`.
     """
@@ -136,6 +149,20 @@ def reply_header(request: FrameHeader, *, seq: int, wall_ns: int) -> FrameHeader
         seq=seq,
         corr_id=request.corr_id,
         request_sha256=request.request_sha256,
+        wall_ns=wall_ns,
+    )
+
+
+def signal_header(newest: FrameHeader, *, mark: int, wall_ns: int) -> FrameHeader:
+    """The header of an emergency for the run and start that asked ``newest``, the last question known."""
+    return FrameHeader(
+        kind=FrameKind.SIGNAL,
+        run_id=newest.run_id,
+        generation=newest.generation,
+        boundary=newest.boundary,
+        seq=mark,
+        corr_id=bytes(16),
+        request_sha256=bytes(32),
         wall_ns=wall_ns,
     )
 
@@ -203,3 +230,21 @@ def check_reply(request: FrameHeader, reply: FrameHeader) -> None:
     for code, asked, answered in pairs:
         if asked != answered:
             raise MessageRejected(code, f"the reply's {code} is not that of the open request")
+
+
+def claims_signal(raw: bytes) -> bool:
+    """Whether a received frame says that it is a signal. Nothing is verified: this only chooses the check."""
+    return raw[:4] == MAGIC and raw[6:8] == _SIGNAL_BYTES
+
+
+def check_signal(signal: FrameHeader, *, run_id: str, generation: str, newest_mark: int) -> None:
+    """Refuse a verified signal for another run or start, and one that is not newer than the newest accepted.
+
+    Raises MessageRejected: "run", "generation", "replayed".
+    """
+    if signal.run_id != run_id_bytes(run_id):
+        raise MessageRejected("run", "the signal is for another run")
+    if signal.generation != generation_number(generation):
+        raise MessageRejected("generation", "the signal is for another start of the run")
+    if signal.seq <= newest_mark:
+        raise MessageRejected("replayed", f"signal {signal.seq} after signal {newest_mark}")

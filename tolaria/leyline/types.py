@@ -111,12 +111,16 @@ class EmergencyLevel(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmergencySignal:
-    """An emergency that the policy raises. ``mark`` grows from signal to signal; one that does not is a repetition."""
+    """An emergency that the policy raises.
+
+    ``reason`` and ``origin`` (who noticed; empty: the policy itself) are at most 128 printable characters each.
+    ``mark`` grows from signal to signal, and one whose mark does not is a repetition; 0 in one that was not sent yet.
+    """
 
     level: EmergencyLevel
     reason: str
-    origin: str
-    mark: int
+    origin: str = ""
+    mark: int = 0
 
 
 class FieldOutcome(IntEnum):
