@@ -17,6 +17,7 @@ BROAD_HANDLERS = {
     ("kasmina/growth.py", "build_seed"): "the user's blueprint; reported as CommandRefused with its cause",
     ("task.py", "users_code"): "the user's task, model and data; reported as TaskError with its cause",
     ("tamiyo/desk.py", "Desk._decide"): "the user's policy; logged, and answered without commands",
+    ("tamiyo/outbox.py", "SignalOutbox._raised"): "the user's policy; logged, and nothing is raised",
     ("tamiyo/policies/__init__.py", "_import_class"): "the user's module; reported as ConfigError with its cause",
     ("tamiyo/policies/__init__.py", "_make"): "the user's policy class; reported as ConfigError with its cause",
 }

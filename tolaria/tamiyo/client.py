@@ -2,6 +2,9 @@
 
     encode -> seal -> exchange -> [verify MAC -> same run, generation, boundary, question -> decode] -> reply
 
+Emergencies come unasked through the same connection, before, during and after a question; `tolaria.tamiyo.inbox`
+judges them, and they neither answer nor end a question nor use up what is examined for it.
+
 A frame that fails is counted under its code and does not end the wait, or junk would be a denial of service. The
 exception is a reply that is signed, answers this very question, and is still not well-formed: no better one comes.
 """
@@ -20,6 +23,7 @@ from tolaria.leyline.framing import (
     FrameKind,
     KeyRing,
     check_reply,
+    claims_signal,
     load_key_file,
     open_frame,
     request_header,
@@ -28,17 +32,22 @@ from tolaria.leyline.framing import (
 from tolaria.leyline.types import EmergencySignal, PolicyRequest
 from tolaria.tamiyo.curve import load_client_curve
 from tolaria.tamiyo.endpoint import parse_endpoint
+from tolaria.tamiyo.inbox import Limit, SignalInbox
 from tolaria.tamiyo.transport import DealerTransport, Transport
 
 MAX_EXAMINED_FRAMES = 64
 MAX_EXAMINED_BYTES = 1024 * 1024
+# A lost emergency is worse than a few milliseconds of verifying junk that claims to be one.
+MAX_EXAMINED_SIGNALS = 1024
 
 
 class PolicyClient:
-    """Asks the policy; lives on rank 0 and belongs to one thread.
+    """Asks the policy and hears its emergencies; lives on rank 0 and belongs to one thread.
 
     ``rejected`` counts, over the client's life, the frames that were not accepted, by code: those of
-    `tolaria.leyline.framing` and its codec, "multipart", and "unread" for frames beyond the limits of one question.
+    `tolaria.leyline.framing` and its codec, "multipart", "unread" for frames beyond the limits of one question,
+    "unasked" for frames that came between two questions and are no signals, "flood" and "transport" for connections
+    given up between two questions.
     """
 
     def __init__(
@@ -59,11 +68,37 @@ class PolicyClient:
         self._resend_ms = resend_ms
         self._wall_ns = wall_ns
         self._seq = 0
-        self.signal_mark = 0
+        self._inbox = SignalInbox(keys, self.rejected, run_id=run_id, generation=generation)
+
+    @property
+    def signal_mark(self) -> int:
+        """Mark of the newest emergency accepted; only later ones are. Set it to what an earlier start has seen."""
+        return self._inbox.mark
+
+    @signal_mark.setter
+    def signal_mark(self, mark: int) -> None:
+        self._inbox.mark = mark
 
     def signals(self) -> list[EmergencySignal]:
-        """Emergencies that the policy has raised since the last call."""
-        return []
+        """Emergencies accepted since the last call, in order, also those that came while `ask` waited.
+
+        Local; does not wait: some microseconds when there are none. Never raises. The policy can reach the run from
+        the first question until one fails, and again from the next question on.
+        """
+        try:
+            self._transport.receive(self._take_unasked)
+        except PolicyUnavailable as error:
+            self.rejected[error.code] += 1
+        return self._inbox.take()
+
+    def _take_unasked(self, raw: bytes | None) -> None:
+        if raw is None:
+            self.rejected["multipart"] += 1
+        elif claims_signal(raw):
+            self._inbox.put(raw)
+        else:
+            # Most often the second answer to a question that was sent twice.
+            self.rejected["unasked"] += 1
 
     def ask(self, request: PolicyRequest, *, boundary: int, deadline_ms: int) -> ReceivedReply:
         """The policy's reply, its commands still to be decoded one by one. Local; blocks at most ``deadline_ms``.
@@ -82,7 +117,7 @@ class PolicyClient:
             run_id=self._run_id, generation=self._generation, boundary=boundary, seq=self._seq,
             payload=payload, wall_ns=self._wall_ns(),
         )  # fmt: skip
-        open_question = _OpenQuestion(header, self._keys, self.rejected)
+        open_question = _OpenQuestion(header, self._keys, self.rejected, self._inbox)
         frame = seal(header, payload, self._keys)
         try:
             return self._transport.exchange(
@@ -98,35 +133,29 @@ class PolicyClient:
         self._transport.close()
 
 
-class _Limit:
-    """How many frames, of how many bytes, are examined for one question."""
-
-    def __init__(self) -> None:
-        self._frames = MAX_EXAMINED_FRAMES
-        self._bytes = MAX_EXAMINED_BYTES
-
-    def spend(self, size: int) -> bool:
-        """Whether one more frame of this size is within the limit."""
-        self._frames -= 1
-        self._bytes -= size
-        return self._frames >= 0 and self._bytes >= 0
-
-
 class _OpenQuestion:
     """Judges the frames that come while one question is open."""
 
-    def __init__(self, header: FrameHeader, keys: KeyRing, rejected: Counter[str]) -> None:
+    def __init__(self, header: FrameHeader, keys: KeyRing, rejected: Counter[str], inbox: SignalInbox) -> None:
         self.auth_failure: MessageRejected | None = None
         self._header = header
         self._keys = keys
         self._rejected = rejected
-        self._addressed = _Limit()
-        self._foreign = _Limit()
+        self._inbox = inbox
+        self._addressed = Limit(MAX_EXAMINED_FRAMES, MAX_EXAMINED_BYTES)
+        self._foreign = Limit(MAX_EXAMINED_FRAMES, MAX_EXAMINED_BYTES)
+        self._signals = Limit(MAX_EXAMINED_SIGNALS, MAX_EXAMINED_BYTES)
 
     def accept(self, raw: bytes | None) -> ReceivedReply | None:
         """The reply, None to wait on. Raises PolicyUnavailable("schema" or "flood") to end the wait."""
         if raw is None:
             self._rejected["multipart"] += 1
+            return None
+        if claims_signal(raw):
+            if self._signals.spend(len(raw)):
+                self._inbox.put(raw)
+            else:
+                self._rejected["unread"] += 1
             return None
         # Without the question's random id a frame cannot be the answer, and telling so costs next to nothing: the
         # answer is found in a flood of junk, and only who knows the id makes us verify MACs beyond the limit.

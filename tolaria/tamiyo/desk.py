@@ -18,6 +18,7 @@ from tolaria.leyline.codec import decode_request, encode_reply
 from tolaria.leyline.framing import Frame, FrameKind, KeyRing, open_frame, reply_header, seal
 from tolaria.leyline.limits import clip_text
 from tolaria.leyline.types import Command, PolicyReply, PolicyRequest, SeedCommand
+from tolaria.tamiyo.outbox import SignalOutbox
 from tolaria.tamiyo.policy import BOUNDARY, Policy, with_identity
 
 _K = TypeVar("_K")
@@ -50,15 +51,19 @@ class Desk:
         self._wall_ns = wall_ns
         self._policies: OrderedDict[bytes, Policy] = OrderedDict()
         self._generations: OrderedDict[tuple[bytes, int], _Generation] = OrderedDict()
+        self._outbox = SignalOutbox(keys, wall_ns=wall_ns)
         self._seq = 0
 
-    def answer(self, raw: bytes | None) -> bytes | None:
-        """The reply to a frame; None when it gets none. None as frame is a message of several parts. Never raises."""
+    def answer(self, raw: bytes | None, sender: bytes = b"") -> bytes | None:
+        """The reply to a frame; None when it gets none. None as frame is a message of several parts. Never raises.
+
+        ``sender``: the connection it came by; emergencies for the run go there until its next question.
+        """
         try:
             if raw is None:
                 raise MessageRejected("multipart", "a message of several parts")
             frame = open_frame(raw, self._keys, FrameKind.REQUEST)
-            return self._answer_verified(raw, frame)
+            return self._answer_verified(raw, frame, sender)
         except MessageRejected as error:
             self.rejected[error.code] += 1
             count = self.rejected[error.code]
@@ -67,7 +72,14 @@ class Desk:
                 log.warning("refused a question (%s, %d so far): %s", error.code, count, error)
             return None
 
-    def _answer_verified(self, raw: bytes, frame: Frame) -> bytes:
+    def send_emergencies(self, send: Callable[[bytes, bytes], bool]) -> None:
+        """Ask the policies whether they raise one, and pass what is due to ``send(receiver, frame)``.
+
+        ``send`` returns whether it could; what it could not send is kept for the next call. Never raises.
+        """
+        self._outbox.send(self._policies, send)
+
+    def _answer_verified(self, raw: bytes, frame: Frame, sender: bytes) -> bytes:
         header = frame.header
         digest = hashlib.sha256(raw).digest()
         if hashlib.sha256(frame.payload).digest() != header.request_sha256:
@@ -75,12 +87,15 @@ class Desk:
         generation = _recall(self._generations, (header.run_id, header.generation), _Generation, MAX_GENERATIONS)
         known = generation.answers.get(header.boundary)
         if known is not None and known[0] == digest:
+            if header.seq == generation.last_seq:
+                self._outbox.heard(header, sender)
             log.info("boundary %d: asked again, answered as before", header.boundary)
             return known[1]
         if header.seq <= generation.last_seq:
             raise MessageRejected("stale", f"question {header.seq} after question {generation.last_seq}")
         request = decode_request(frame.payload)
         generation.last_seq = header.seq
+        self._outbox.heard(header, sender)
         payload = self._decide(frame, request)
         self._seq += 1
         reply = seal(reply_header(header, seq=self._seq, wall_ns=self._wall_ns()), payload, self._keys)

@@ -10,6 +10,18 @@
                 return [germinate("middle", "residual_mlp", reason="third epoch")]
             return []
 
+A policy that sees something go wrong between two boundaries raises an emergency; the run answers at its next step:
+
+    from tolaria.tamiyo.policy import Policy, raise_level
+
+    class Watchful(Policy):
+        def decide(self, state, reports):
+            self.alarmed = state.validation_loss > 5
+            return []
+
+        def emergency(self):
+            return raise_level(3, "validation loss above 5") if self.alarmed else None
+
 Run it with ``--tamiyo.policy my_package.my_module:GrowOnce`` or as a service of its own with
 ``python -m tolaria.tamiyo.server``.
 """
@@ -24,6 +36,8 @@ from tolaria.leyline.types import (
     CircuitState,
     Command,
     CommandType,
+    EmergencyLevel,
+    EmergencySignal,
     FieldReport,
     OptimizerCommand,
     RollbackCommand,
@@ -69,6 +83,19 @@ class Policy:
         A restart of the trainer restarts an embedded policy: what a decision needs should come from ``state``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define decide(self, state, reports)")
+
+    def emergency(self) -> EmergencySignal | None:
+        """What is wrong now, None for nothing. The default: nothing, ever.
+
+        Called after each `decide`, before its answer is sent, and about 20 times a second between two boundaries, by
+        the same thread: it must return at once. What needs watching for longer belongs in a thread of the policy's
+        own, whose finding this hands out. The first call comes after the run's first question.
+
+        A level is sent when it appears and when it rises, not each time it is returned; to raise the same level again
+        return None once in between. It is sent until it could be delivered, and taken once. A new start of the run
+        is told again what is still wrong. An exception is logged and raises nothing. Levels: see `raise_level`.
+        """
+        return None
 
 
 def seed_command(
@@ -155,6 +182,16 @@ def conservative(on: bool, *, reason: str = "") -> Command:
 def pause(*, reason: str = "") -> Command:
     """Ask the run to pause at this boundary."""
     return Command(command_id="", command_type=CommandType.PAUSE, annotations=_why(reason))
+
+
+def raise_level(level: int, reason: str, *, origin: str = "") -> EmergencySignal:
+    """An emergency for `Policy.emergency` to return.
+
+    1 NOTICE: an event in the run's record. 2 ELEVATED: back to the newest good checkpoint. 3 CONSERVATIVE: back to
+    the newest snapshot, in conservative mode. 4 HALT: stand still, and end with the state saved if nobody clears it.
+    ``origin``: who noticed; the policy's version when empty. Raises ValueError for another level.
+    """
+    return EmergencySignal(level=EmergencyLevel(level), reason=clip_text(reason), origin=clip_text(origin))
 
 
 def _why(reason: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,16 +27,26 @@ from tolaria.tamiyo.transport import RouterTransport
 
 log = logging.getLogger("tolaria.tamiyo")
 
-WAKE_S = 0.2
+# How often policies are asked for an emergency: one of level 4 is to be known within 0.1 s.
+WAKE_S = 0.05
 
 
 def serve(router: RouterTransport, desk: Desk, stop: Callable[[], bool]) -> None:
-    """Answer questions until ``stop()``, which is looked at every `WAKE_S` seconds and after each question."""
+    """Answer questions, and send emergencies, until ``stop()``; each is looked at every `WAKE_S` seconds or more often.
+
+    An emergency that a policy raises while it decides is sent before its answer: the trainer has it when the question
+    is over. While a policy computes, nothing else happens.
+    """
+    look_at = 0.0
     while not stop():
         received = router.receive(WAKE_S)
+        reply = desk.answer(received.frame, received.sender) if received is not None else None
+        # Not after each frame: junk must not become calls of the policies.
+        if reply is not None or time.monotonic() >= look_at:
+            desk.send_emergencies(router.send)
+            look_at = time.monotonic() + WAKE_S
         if received is None:
             continue
-        reply = desk.answer(received.frame)
         if reply is not None and not router.send(received.sender, reply):
             log.warning("the trainer is gone; its answer was dropped")
 

@@ -20,6 +20,7 @@ from tolaria.tamiyo.endpoint import Endpoint, require_free
 
 MAX_RECEIVED_FRAMES = 65_536
 MAX_RECEIVED_BYTES = 64 * 1024 * 1024
+RECEIVE_S = 0.005
 
 T = TypeVar("T")
 Accept = Callable[[bytes | None], T | None]
@@ -36,6 +37,14 @@ class Transport(Protocol):
         or raises to give up. After ``resend_s`` without an answer the same bytes are sent once more.
         Blocks at most ``deadline_s``. Raises PolicyUnavailable: "timeout", "flood" (more came than is ever read
         for one answer) or "transport" (the socket failed).
+        """
+        ...
+
+    def receive(self, take: Callable[[bytes | None], None]) -> None:
+        """Hand what has come unasked to ``take``: each frame, None for a message of several parts.
+
+        Does not wait: some microseconds when nothing is there, and about `RECEIVE_S` at most; the rest stays for
+        the next call. Does not connect either. Raises PolicyUnavailable: "flood" or "transport".
         """
         ...
 
@@ -72,6 +81,21 @@ class DealerTransport:
         if answer is None:
             raise PolicyUnavailable("timeout", f"{self._endpoint.url}: no acceptable answer within {deadline_s:g} s")
         return answer
+
+    def receive(self, take: Callable[[bytes | None], None]) -> None:
+        """See `Transport`."""
+        if self._socket is None:
+            return
+        try:
+            # Asking for events is cheaper than a receive that fails, and this runs before every step.
+            if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                _read_frames(self._socket, take, _Budget(), time.monotonic() + RECEIVE_S)
+        except zmq.ZMQError as error:
+            self._drop_socket()
+            raise PolicyUnavailable("transport", f"{self._endpoint.url}: {error}") from error
+        except PolicyUnavailable:
+            self._drop_socket()
+            raise
 
     def _ask(self, request: bytes, accept: Accept[T], deadline: float, resend_s: float) -> T | None:
         """The exchange itself; None when the deadline has passed."""

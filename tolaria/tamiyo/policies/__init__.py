@@ -7,7 +7,7 @@ from typing import Any
 
 from tolaria.errors import ConfigError
 from tolaria.leyline.limits import clip_text
-from tolaria.leyline.types import Command, FieldReport, SystemState
+from tolaria.leyline.types import Command, EmergencySignal, FieldReport, SystemState
 from tolaria.tamiyo.policies.heuristic import HeuristicPolicy
 from tolaria.tamiyo.policies.noop import NoopPolicy
 from tolaria.tamiyo.policies.script import ScriptPolicy
@@ -22,8 +22,9 @@ def load_policy(spec: str, args: Mapping[str, Any]) -> Policy:
     """A new policy of the kind that ``spec`` names, made with ``args`` as keyword arguments.
 
     For ``package.module:Class`` the module is imported; the class needs no base class, only a method
-    ``decide(state, reports)``. Raises ConfigError that says what is wrong with the name, the file or the arguments;
-    what the user's module or constructor raises comes out as ConfigError with its cause.
+    ``decide(state, reports)``; ``emergency()`` is used if it has one. Raises ConfigError that says what is wrong with
+    the name, the file or the arguments; what the user's module or constructor raises comes out as ConfigError with its
+    cause.
     """
     if spec.startswith("script:"):
         made = _make(ScriptPolicy, spec, {"file": spec.removeprefix("script:"), **args})
@@ -49,11 +50,18 @@ class _Adapted(Policy):
         if not callable(getattr(made, "decide", None)):
             raise ConfigError(f"tamiyo.policy={spec!r}: {type(made).__name__} has no method decide(state, reports)")
         self._made = made
+        self._ask_emergency = made.emergency if callable(getattr(made, "emergency", None)) else None
         self.version = str(made.version) if hasattr(made, "version") else ""
 
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
         commands: list[Command] = self._made.decide(state, reports)
         return commands
+
+    def emergency(self) -> EmergencySignal | None:
+        if self._ask_emergency is None:
+            return None
+        raised: EmergencySignal | None = self._ask_emergency()
+        return raised
 
 
 def _split(spec: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ order of the file:
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
+    emergency       level (1 to 4): raised beside the answer of that boundary, once, also if the run comes back to it
 """
 
 import tomllib
@@ -36,7 +37,7 @@ from typing import Any
 
 from tolaria.errors import ConfigError, MessageRejected
 from tolaria.leyline.codec import encode_command
-from tolaria.leyline.types import Command, FieldReport, SeedOp, SystemState
+from tolaria.leyline.types import Command, EmergencyLevel, EmergencySignal, FieldReport, SeedOp, SystemState
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
@@ -51,24 +52,36 @@ _KEYS: dict[str, dict[str, Any]] = {
     "rollback": {"step": int},
     "conservative": {"on": bool},
     "pause": {},
+    "emergency": {"level": int},
 }
 """op -> its keys, beside those of every command, with their types."""
 
 
 class ScriptPolicy(Policy):
-    """Gives the commands that a script file names for a boundary. The answer depends on the boundary alone."""
+    """Gives what a script file names for a boundary: commands, which depend on the boundary alone, and an emergency.
+
+    The emergency is raised once: a run that goes back because of it comes to the same boundary again.
+    """
 
     def __init__(self, *, file: str) -> None:
         """Reads the whole file; raises ConfigError that names the file, the command and the key."""
-        self.version, self._commands = load_script(Path(file))
+        self.version, self._commands, self._emergencies = load_script(Path(file))
+        self._raised: EmergencySignal | None = None
 
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
         """The script's commands for this boundary."""
-        return list(self._commands.get(boundary_of(state), []))
+        boundary = boundary_of(state)
+        self._raised = self._emergencies.pop(boundary, None)
+        return list(self._commands.get(boundary, []))
+
+    def emergency(self) -> EmergencySignal | None:
+        """That of the boundary just decided, once."""
+        raised, self._raised = self._raised, None
+        return raised
 
 
-def load_script(path: Path) -> tuple[str, dict[int, list[Command]]]:
-    """Version and commands by boundary of a script file. Raises ConfigError."""
+def load_script(path: Path) -> tuple[str, dict[int, list[Command]], dict[int, EmergencySignal]]:
+    """Version, commands and emergencies by boundary of a script file. Raises ConfigError."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,14 +93,18 @@ def load_script(path: Path) -> tuple[str, dict[int, list[Command]]]:
     if content or type(version) is not str or type(entries) is not list:
         raise ConfigError(f"policy script {path}: expected only version and [[command]], found {sorted(content)}")
     commands: dict[int, list[Command]] = {}
+    emergencies: dict[int, EmergencySignal] = {}
     for number, entry in enumerate(entries, start=1):
         where = f"policy script {path}, command {number}"
-        boundary, command = _read_entry(entry, where)
-        commands.setdefault(boundary, []).append(command)
-    return version, commands
+        boundary, given = _read_entry(entry, where)
+        if isinstance(given, Command):
+            commands.setdefault(boundary, []).append(given)
+        elif emergencies.setdefault(boundary, given) is not given:
+            raise ConfigError(f"{where}: a second emergency at boundary {boundary}; there can be one")
+    return version, commands, emergencies
 
 
-def _read_entry(entry: Any, where: str) -> tuple[int, Command]:
+def _read_entry(entry: Any, where: str) -> tuple[int, Command | EmergencySignal]:
     op = entry.get("op") if isinstance(entry, dict) else None
     if op not in _KEYS:
         raise ConfigError(f"{where}: op={op!r}; expected one of {', '.join(_KEYS)}")
@@ -100,12 +117,20 @@ def _read_entry(entry: Any, where: str) -> tuple[int, Command]:
     missing = [key for key in accepted if key not in entry and key not in _OPTIONAL]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
+    if op == "emergency":
+        return entry["boundary"], _emergency(entry, where)
     command = _command(op, entry)
     try:
         encode_command(with_identity(command, "script", issued_by="script", issued_at_ns=0))
     except MessageRejected as error:
         raise ConfigError(f"{where}: {error}") from error
     return entry["boundary"], command
+
+
+def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
+    if entry["level"] not in tuple(EmergencyLevel):
+        raise ConfigError(f"{where}: level={entry['level']}; expected 1 (notice) to 4 (halt)")
+    return do.raise_level(entry["level"], entry.get("reason", "script"))
 
 
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
