@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -12,11 +13,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tolaria.errors import ConfigError, MessageRejected, PolicyUnavailable
-from tolaria.leyline.codec import ReceivedReply, encode_reply
-from tolaria.leyline.framing import FrameHeader, FrameKind, KeyRing, open_frame, reply_header, seal
-from tolaria.leyline.types import HardwareContext, PolicyReply, PolicyRequest, SystemState
+from tolaria.leyline.codec import ReceivedReply, encode_reply, encode_signal
+from tolaria.leyline.framing import (
+    FrameHeader,
+    FrameKind,
+    KeyRing,
+    open_frame,
+    reply_header,
+    seal,
+    signal_header,
+)
+from tolaria.leyline.types import (
+    EmergencyLevel,
+    EmergencySignal,
+    HardwareContext,
+    PolicyReply,
+    PolicyRequest,
+    SystemState,
+)
 from tolaria.tamiyo import transport as transport_module
-from tolaria.tamiyo.client import MAX_EXAMINED_FRAMES, PolicyClient
+from tolaria.tamiyo.client import MAX_EXAMINED_FRAMES, MAX_EXAMINED_SIGNALS, PolicyClient
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.transport import Accept, DealerTransport, T
 
@@ -42,6 +58,13 @@ def answer(frame: bytes, version: str = "good", keys: KeyRing = KEYS, **changes:
     header = open_frame(frame, KEYS, FrameKind.REQUEST).header
     changed: FrameHeader = replace(reply_header(header, seq=1, wall_ns=1), **changes)  # type: ignore[arg-type]
     return seal(changed, encode_reply(PolicyReply(policy_version=version)), keys)
+
+
+def signal(frame: bytes, mark: int, level: int = 3, keys: KeyRing = KEYS) -> bytes:
+    """An emergency for the run that sent a request frame."""
+    header = open_frame(frame, KEYS, FrameKind.REQUEST).header
+    raised = EmergencySignal(level=EmergencyLevel(level), reason=f"number {mark}")
+    return seal(signal_header(header, mark=mark, wall_ns=1), encode_signal(raised), keys)
 
 
 Behaviour = Callable[["Peer", bytes, bytes], None]
@@ -398,6 +421,161 @@ def test_a_state_that_cannot_be_sent_is_said_so_and_nothing_is_sent(
     assert len(peer.requests) == 1
 
 
+def drained(client: PolicyClient, done: Callable[[], bool]) -> list[int]:
+    """The marks of what `signals` gives until ``done()``."""
+    marks: list[int] = []
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end
+        marks += [found.mark for found in client.signals()]
+        time.sleep(0.002)
+    return marks
+
+
+def test_signals_before_an_answer_are_handed_out_after_it(start_peer: StartPeer, make_client: MakeClient) -> None:
+    def alarmed(peer: Peer, sender: bytes, frame: bytes) -> None:
+        for mark in (1, 2, 2, 3):
+            peer.send(sender, signal(frame, mark))
+        peer.send(sender, answer(frame))
+
+    client = make_client(start_peer(alarmed).url)
+    assert client.signals() == []
+    assert good(client) == "good"
+    assert client.signal_mark == 3
+    assert [(found.mark, found.reason) for found in client.signals()] == [(n, f"number {n}") for n in (1, 2, 3)]
+    assert client.signals() == []
+    assert client.rejected == {"replayed": 1}
+
+
+def test_signals_come_without_a_question_and_those_seen_by_an_earlier_start_do_not(
+    start_peer: StartPeer, make_client: MakeClient
+) -> None:
+    def alarmed_later(peer: Peer, sender: bytes, frame: bytes) -> None:
+        peer.send(sender, answer(frame))
+        for mark in (5, 8, 9):
+            peer.send(sender, signal(frame, mark))
+
+    client = make_client(start_peer(alarmed_later).url)
+    client.signal_mark = 8
+    assert good(client) == "good"
+    assert drained(client, lambda: client.signal_mark == 9 and client.rejected.total() == 2) == [9]
+    assert client.rejected == {"replayed": 2}
+
+
+def test_signals_never_prolong_a_question(start_peer: StartPeer, make_client: MakeClient) -> None:
+    stop = threading.Event()
+
+    def alarms_only(peer: Peer, sender: bytes, frame: bytes) -> None:
+        mark = 1000 * len(peer.requests)
+        while not peer.socket.poll(5) and not stop.is_set():
+            peer.send(sender, signal(frame, mark := mark + 1, level=1))
+
+    client = make_client(start_peer(alarms_only).url)
+    assert refusal(client) == "timeout"
+    stop.set()
+    assert client.signals()
+    assert client.signal_mark > 1000
+
+
+def test_a_flood_of_false_signals_hides_neither_the_answer_nor_uses_up_what_is_examined_for_it(
+    start_peer: StartPeer, make_client: MakeClient
+) -> None:
+    flood = 3000
+
+    def flood_first(peer: Peer, sender: bytes, frame: bytes) -> None:
+        # Made once: making each would take longer than the time after which the question is sent again.
+        false = signal(frame, 1, keys=OTHER_KEYS)
+        for number in range(flood):
+            peer.send(sender, false)
+            if number == MAX_EXAMINED_FRAMES + 5:
+                peer.send(sender, signal(frame, 1, level=4))
+        for _ in range(MAX_EXAMINED_FRAMES):
+            peer.send(sender, answer(frame, corr_id=b"x" * 16))
+        peer.send(sender, answer(frame))
+
+    client = make_client(start_peer(flood_first).url)
+    assert good(client) == "good"
+    assert [int(found.level) for found in client.signals()] == [4]
+    # One of those examined was the true one.
+    examined = MAX_EXAMINED_SIGNALS - 1
+    assert client.rejected == {
+        "unknown_key": examined, "unread": flood - examined, "correlation": MAX_EXAMINED_FRAMES,
+    }  # fmt: skip
+
+
+def test_a_signal_with_the_questions_id_is_still_no_answer(start_peer: StartPeer, make_client: MakeClient) -> None:
+    def as_an_answer(peer: Peer, sender: bytes, frame: bytes) -> None:
+        peer.send(sender, answer(frame, kind=FrameKind.SIGNAL))
+        peer.send(sender, answer(frame, version="true"))
+
+    client = make_client(start_peer(as_an_answer).url)
+    assert good(client) == "true"
+    assert client.signals() == []
+    assert client.rejected.total() == 1
+
+
+def test_what_comes_between_questions_and_is_no_signal_is_counted_and_dropped(
+    start_peer: StartPeer, make_client: MakeClient
+) -> None:
+    def twice(peer: Peer, sender: bytes, frame: bytes) -> None:
+        peer.send(sender, answer(frame))
+        peer.send(sender, answer(frame))
+        peer.send(sender, b"junk")
+        peer.send(sender, signal(frame, 1), b"")
+        peer.send(sender, signal(frame, 2)[:-1])
+        peer.send(sender, signal(frame, 3))
+
+    client = make_client(start_peer(twice).url)
+    assert good(client) == "good"
+    assert drained(client, lambda: client.signal_mark == 3) == [3]
+    assert client.rejected == {"unasked": 2, "multipart": 1, "mac": 1}
+    assert good(client, boundary=2) == "good"
+
+
+def test_one_look_reads_only_so_much_and_loses_nothing(
+    start_peer: StartPeer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = 400
+
+    def flood(peer: Peer, sender: bytes, frame: bytes) -> None:
+        peer.send(sender, answer(frame))
+        for mark in range(1, many + 1):
+            peer.send(sender, signal(frame, mark))
+
+    client = make_client(start_peer(flood).url)
+    assert good(client) == "good"
+    # As if each frame took as long as one look may take.
+    clock = iter(number * transport_module.RECEIVE_S for number in range(10**9))
+    monkeypatch.setattr(transport_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    marks: list[int] = []
+    for _ in range(10**6):
+        found = client.signals()
+        assert len(found) <= 1
+        marks += [signal.mark for signal in found]
+        if len(marks) == many:
+            break
+    assert marks == list(range(1, many + 1))
+    assert not client.rejected
+
+
+def test_a_connection_that_floods_between_questions_is_given_up(
+    start_peer: StartPeer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "MAX_RECEIVED_BYTES", 1_000_000)
+
+    def endless_parts(peer: Peer, sender: bytes, frame: bytes) -> None:
+        peer.send(sender, answer(frame))
+        if len(peer.requests) == 1:
+            peer.send(sender, *[bytes(50_000)] * 100)
+
+    client = make_client(start_peer(endless_parts).url)
+    assert good(client) == "good"
+    assert drained(client, lambda: client.rejected.total() > 0) == []
+    assert client.rejected == {"flood": 1}
+    assert client.signals() == []
+    assert good(client, boundary=2) == "good"
+
+
 class CannedTransport:
     """Hands over given frames, as a socket would."""
 
@@ -411,6 +589,10 @@ class CannedTransport:
                 return accepted
         raise PolicyUnavailable("timeout", "nothing more")
 
+    def receive(self, take: Callable[[bytes | None], None]) -> None:
+        for frame in self._frames(b""):
+            take(frame)
+
     def close(self) -> None:
         return
 
@@ -422,6 +604,8 @@ def test_nothing_that_comes_in_raises_anything_but_unavailable(frames: list[byte
     with pytest.raises(PolicyUnavailable):
         client.ask(request(), boundary=1, deadline_ms=1)
     assert sum(client.rejected.values()) == len(frames)
+    assert client.signals() == []
+    assert sum(client.rejected.values()) == 2 * len(frames)
 
 
 def test_no_single_altered_byte_is_accepted() -> None:
