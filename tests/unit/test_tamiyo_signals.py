@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from tolaria.config import TamiyoConfig
 from tolaria.errors import ConfigError, MessageRejected
 from tolaria.leyline import codec
-from tolaria.leyline.framing import FrameHeader, FrameKind, KeyRing, claims_signal, request_header, seal, signal_header
+from tolaria.leyline.framing import (
+    FrameHeader,
+    FrameKind,
+    KeyRing,
+    claims_signal,
+    open_frame,
+    request_header,
+    seal,
+    signal_header,
+)
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.keys import key_id
 from tolaria.leyline.types import (
@@ -177,6 +186,12 @@ def test_no_cut_or_lengthened_frame_is_accepted() -> None:
         inbox.put(piece)
     assert rejected.total() == len(pieces)
     assert inbox.take() == []
+
+
+def test_a_signal_larger_than_one_can_be_is_not_verified() -> None:
+    inbox, rejected = new_inbox()
+    inbox.put(frame_of()[:-32] + bytes(FrameKind.SIGNAL.max_frame_bytes))
+    assert rejected == {"size": 1}
 
 
 def test_a_signal_is_taken_once_and_never_again() -> None:
@@ -367,6 +382,10 @@ def test_after_a_new_connection_the_last_one_comes_again_and_counts_once() -> No
     outbox.heard(question(boundary=3), b"new")
     outbox.send({asked.run_id: policy}, wire.send)
     assert [receiver for receiver, _ in wire.sent] == [b"old", b"new"]
+    assert wire.sent[0][1] == wire.sent[1][1]
+    policy.now = raised(4)
+    outbox.send({asked.run_id: policy}, wire.send)
+    assert open_frame(wire.sent.pop()[1], KEYS, FrameKind.SIGNAL).header.boundary == 3
     inbox, rejected = new_inbox()
     assert len(wire.accepted(inbox)) == 1
     assert rejected == {"replayed": 1}
@@ -565,6 +584,7 @@ def wait_for_level(client: PolicyClient, level: int) -> EmergencySignal:
 
 def test_a_script_raises_one_beside_its_answer_and_only_once(tmp_path: Path) -> None:
     entries = ['boundary = 2\nop = "emergency"\nlevel = 3\nreason = "drill"', 'boundary = 2\nop = "pause"']
+    entries += [f'boundary = {boundary}\nop = "emergency"\nlevel = 3\nreason = "again"' for boundary in (4, 5)]
     spec = write_script(tmp_path / "script.toml", *entries)
     with EmbeddedPolicy(spec, log_path=tmp_path / "log") as policy:
         policy.wait_ready()
@@ -582,6 +602,10 @@ def test_a_script_raises_one_beside_its_answer_and_only_once(tmp_path: Path) -> 
             ask(client, 2)
             ask(client, 3)
             assert client.signals() == []
+            # However soon one follows the other, the second is no repetition of the first.
+            ask(client, 4)
+            ask(client, 5)
+            assert [signal.reason for signal in client.signals()] == ["again", "again"]
             assert not client.rejected
         finally:
             client.close()

@@ -66,10 +66,15 @@ class SignalOutbox:
         What ``send`` refuses is kept for the next call, and while it waits its policy is not asked.
         """
         for run_id, line in self._lines.items():
-            if not line.unsent and run_id in policies:
-                line.unsent = self._raised(run_id, line, policies[run_id])
+            policy = policies.get(run_id)
+            if not line.unsent and policy is not None:
+                line.unsent = self._raised(run_id, line, policy)
             if line.unsent and send(line.receiver, line.unsent):
                 line.last, line.unsent = line.unsent, b""
+                if policy is not None:
+                    # A policy that hands out each finding once may have the same level to raise at its next question,
+                    # however soon that comes.
+                    line.unsent = self._raised(run_id, line, policy)
 
     def _raised(self, run_id: bytes, line: _Line, policy: Policy) -> bytes:
         """The signed frame of what the policy raises now; empty when there is nothing new."""

@@ -92,8 +92,8 @@ class Policy:
         own, whose finding this hands out. The first call comes after the run's first question.
 
         A level is sent when it appears and when it rises, not each time it is returned; to raise the same level again
-        return None once in between. It is sent until it could be delivered, and taken once. A new start of the run
-        is told again what is still wrong. An exception is logged and raises nothing. Levels: see `raise_level`.
+        return None once in between (it is called again at once after each one sent). What could not be delivered is
+        sent again, and taken once. A new start of the run is told again what is still wrong. An exception is logged and raises nothing. Levels: see `raise_level`.
         """
         return None
 
