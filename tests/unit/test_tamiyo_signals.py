@@ -29,6 +29,7 @@ from tolaria.leyline.framing import (
 )
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.keys import key_id
+from tolaria.leyline.limits import MAX_SIGNAL_BYTES
 from tolaria.leyline.types import (
     Command,
     EmergencyLevel,
@@ -190,7 +191,7 @@ def test_no_cut_or_lengthened_frame_is_accepted() -> None:
 
 def test_a_signal_larger_than_one_can_be_is_not_verified() -> None:
     inbox, rejected = new_inbox()
-    inbox.put(frame_of()[:-32] + bytes(FrameKind.SIGNAL.max_frame_bytes))
+    inbox.put(frame_of()[:-32] + bytes(MAX_SIGNAL_BYTES))
     assert rejected == {"size": 1}
 
 

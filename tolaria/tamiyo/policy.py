@@ -93,7 +93,8 @@ class Policy:
 
         A level is sent when it appears and when it rises, not each time it is returned; to raise the same level again
         return None once in between (it is called again at once after each one sent). What could not be delivered is
-        sent again, and taken once. A new start of the run is told again what is still wrong. An exception is logged and raises nothing. Levels: see `raise_level`.
+        sent again, and taken once. A new start of the run is told again what is still wrong. An exception is logged and
+        raises nothing. Levels: see `raise_level`.
         """
         return None
 
