@@ -16,7 +16,7 @@ LIMITS = {"heartbeat": 2.0, "step": 10.0, "boundary": 100.0}
 
 
 @pytest.fixture
-def page(tmp_path: Path):  # noqa: ANN201 - a generator
+def page(tmp_path: Path):
     with_two = Page.create(tmp_path / "page", local_ranks=2)
     yield with_two
     with_two.close()
@@ -141,10 +141,14 @@ def test_when_a_rank_is_overdue(found: RankLine, says: str | None) -> None:
     assert reason is None if says is None else reason is not None and says in reason
 
 
-WAITS = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/distributed_c10d.py", line 1 in all_reduce\n' \
-        '  File "/y/tolaria/loop.py", line 3 in run\n'  # fmt: skip
-COMPUTES = 'Current thread 0x1 (most recent call first):\n  File "/u/my_data.py", line 9 in __getitem__\n' \
-           '  File "/y/tolaria/loop.py", line 3 in run\n'  # fmt: skip
+def stack(*frames: str) -> str:
+    """A Python stack as faulthandler writes it, innermost frame first."""
+    return "\n".join(["Current thread 0x1 (most recent call first):", *(f"  File {frame}" for frame in frames)]) + "\n"
+
+
+LOOP = '"/y/tolaria/loop.py", line 3 in run'
+WAITS = stack('"/x/torch/distributed/distributed_c10d.py", line 1 in all_reduce', LOOP)
+COMPUTES = stack('"/u/my_data.py", line 9 in __getitem__', LOOP)
 
 
 def test_who_is_to_blame() -> None:
