@@ -1,5 +1,6 @@
 """The checks in tests/conftest.py do fire: each kind of leak fails its test, and a hang shows its stack."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
+ROOT = CONFTEST.parents[1]
 
 LEAKY = """
 import os, signal, subprocess, sys, threading, time
@@ -39,9 +41,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "test_leaky.py").write_text(LEAKY)
     (folder / "pytest.ini").write_text("[pytest]\ntimeout = 60\nfilterwarnings = error\n")
     arguments = ["-m", "pytest", "-rA", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=90, cwd=folder, check=False
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for what conftest.py imports from tests/
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=folder, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -40,6 +40,16 @@ def test_what_is_no_spike(losses: list[float]) -> None:
     assert watched(losses)[1] == []
 
 
+@pytest.mark.parametrize(("loss", "spike"), [(27.0, False), (115.0, True)])
+def test_an_epochs_short_last_step_is_judged_with_the_samples_it_lacks_at_the_usual_loss(
+    loss: float, spike: bool
+) -> None:
+    watch, _ = watched([1.0] * 6)
+    short = StepFact(step=7, window=(0, 56, 57), taken=True, loss=loss)  # 1 sample, 8 in the steps before
+    found = watch.add(short)
+    assert (found is not None) == spike
+
+
 def test_a_spike_does_not_move_the_median_that_judges_the_next_one() -> None:
     _, found = watched([1.0] * 5 + [100.0, 100.0, 100.0])
     assert [incident.first for incident in found] == [6, 7, 8]

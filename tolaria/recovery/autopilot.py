@@ -22,12 +22,18 @@ Cause: TypeAlias = Literal["loss_spike", "non_finite", "collapse", "drift", "com
 
 @dataclass(frozen=True, kw_only=True)
 class StepFact:
-    """One step that is over: its number (counted from 1), samples, and loss over all ranks."""
+    """One step that is over: its number (counted from 1), the window of its samples, its mean loss over all ranks."""
 
     step: int
     window: Window
     taken: bool
     loss: float = math.nan
+
+    @property
+    def samples(self) -> int:
+        """How many the loss is the mean of."""
+        _, start, end = self.window
+        return end - start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +74,26 @@ class SpikeWatch:
             return None
         self._bad = []
         if len(self._losses) >= self._config.spike_min_losses:
-            usual = median(self._losses)
-            if usual > 0 and fact.loss > self._config.spike_ratio * usual:
-                times = fact.loss / usual
-                often = f"{times:.1f}" if times < 100 else f"{times:,.0f}"
-                reason = f"loss {fact.loss:.4g} is {often} times the running median {usual:.4g}"
+            reason = self._spike(fact)
+            if reason is not None:
                 return self._incident("loss_spike", reason, [fact])
         self._losses.append(fact.loss)
         return None
+
+    def _spike(self, fact: StepFact) -> str | None:
+        """Why the loss is one; None if it is not.
+
+        The mean over few samples scatters more than that over many, so an epoch's short last step is judged as if
+        the samples that it lacks had the usual loss.
+        """
+        usual = median(self._losses)
+        share = fact.samples / max(step.samples for step in self._steps)
+        judged = usual + (fact.loss - usual) * share
+        if usual <= 0 or judged <= self._config.spike_ratio * usual:
+            return None
+        times = fact.loss / usual
+        often = f"{times:.1f}" if times < 100 else f"{times:,.0f}"
+        return f"loss {fact.loss:.4g} is {often} times the running median {usual:.4g}"
 
     def reset(self) -> None:
         """Forget the losses: another structure has another usual loss."""
