@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tolaria.errors import ConfigError, PeerLost, ReplicaMismatch
 
 FRAME_CAPACITY_BYTES = 65536
+FRAME_ATTEMPTS = 3
 _FRAME_HEADER = struct.Struct("!I32s")
 
 
@@ -106,17 +107,33 @@ class Peers:
     def broadcast_frame(self, payload: bytes | None, capacity: int = FRAME_CAPACITY_BYTES) -> bytes:
         """Rank 0's bytes on every rank. Other ranks pass None.
 
-        The frame has a fixed size, so the ranks can never disagree on it; its sha256 is checked on arrival.
+        The frame has a fixed size, so the ranks can never disagree on it. Its sha256 is checked on arrival, and it is
+        sent again to all when it arrived damaged on any; PeerLost on all ranks when that does not help.
         Raises ValueError on rank 0, before anything is sent, when the payload is too long.
         """
         if self.group is None:
             if payload is None:
                 raise ValueError("a single process must pass its own payload")
             return payload
+        if self.rank == 0 and (payload is None or len(payload) > capacity - _FRAME_HEADER.size):
+            raise ValueError(f"payload of {len(payload or b'')} bytes does not fit a frame of {capacity}")
+        for _ in range(FRAME_ATTEMPTS):
+            body = self._frame(payload, capacity)
+            if self.agree(body is not None) and body is not None:
+                return body
+        raise PeerLost(f"a broadcast arrived damaged on a rank, {FRAME_ATTEMPTS} times in a row; check the network")
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank, however many. Other ranks pass None. Two frames."""
+        size = len(payload) if payload is not None else 0
+        told = self.broadcast_frame(struct.pack("!Q", size) if payload is not None else None, capacity=64)
+        (size,) = struct.unpack("!Q", told)
+        return self.broadcast_frame(payload, capacity=size + _FRAME_HEADER.size)
+
+    def _frame(self, payload: bytes | None, capacity: int) -> bytes | None:
+        """One attempt of `broadcast_frame`; None where it arrived damaged."""
         frame = torch.zeros(capacity, dtype=torch.uint8)
-        if self.rank == 0:
-            if payload is None or len(payload) > capacity - _FRAME_HEADER.size:
-                raise ValueError(f"payload of {len(payload or b'')} bytes does not fit a frame of {capacity}")
+        if payload is not None:
             raw = _FRAME_HEADER.pack(len(payload), hashlib.sha256(payload).digest()) + payload
             frame[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         with _peer_errors("broadcast"):
@@ -124,9 +141,7 @@ class Peers:
         raw = frame.numpy().tobytes()
         length, sha = _FRAME_HEADER.unpack_from(raw)
         body = raw[_FRAME_HEADER.size : _FRAME_HEADER.size + length]
-        if hashlib.sha256(body).digest() != sha:
-            raise ReplicaMismatch(f"rank {self.rank}: a broadcast of {length} bytes arrived damaged")
-        return body
+        return body if hashlib.sha256(body).digest() == sha else None
 
     def barrier(self) -> None:
         """Return when every rank has called it."""

@@ -59,7 +59,7 @@ def open_journal(config: Config, world: World, run: RunDir, facts: Mapping[str, 
     """
     good_after = config.checkpoint.good_after
     if not world.is_coordinator:
-        told = json.loads(world.peers.broadcast_frame(None))
+        told = json.loads(world.peers.broadcast(None))
         if "error" in told:
             raise (RunLocked if told["locked"] else WalError)(told["error"])
         timeline = Timeline(returns=[Return.from_json(body) for body in told["returns"]])
@@ -72,9 +72,9 @@ def open_journal(config: Config, world: World, run: RunDir, facts: Mapping[str, 
         timeline = Timeline.of(records)
     except (WalError, RunLocked) as error:
         told = {"error": str(error), "locked": isinstance(error, RunLocked)}
-        world.peers.broadcast_frame(json.dumps(told).encode())
+        world.peers.broadcast(json.dumps(told).encode())
         raise
-    world.peers.broadcast_frame(json.dumps({"returns": [r.to_json() for r in timeline.returns]}).encode())
+    world.peers.broadcast(json.dumps({"returns": [r.to_json() for r in timeline.returns]}).encode())
     return Journal(timeline, wal=wal, good_after=good_after)
 
 

@@ -1,11 +1,14 @@
 """Jobs for test_dist.py; each runs on every rank."""
 
 import hashlib
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
+from tests.dist.jobs_resume import own_rank
 from tolaria.dist import init_world
-from tolaria.errors import ReplicaMismatch
+from tolaria.errors import PeerLost, ReplicaMismatch
 
 
 def collectives() -> dict[str, object]:
@@ -31,7 +34,28 @@ def collectives() -> dict[str, object]:
         "gathered": peers.gather([world.global_rank, -1]),
         "digests": [d.hex() for d in peers.gather_digests(mine)],
         "frame": hashlib.sha256(peers.broadcast_frame(payload)).hexdigest(),
+        "long": hashlib.sha256(peers.broadcast(payload * 1000 if payload else None)).hexdigest(),
         "mismatch": mismatch,
     }
     world.close()
     return found
+
+
+def damaged_frame(*, times: int) -> dict[str, object]:
+    """A broadcast whose first ``times`` arrivals at rank 1 have a flipped bit."""
+    world = init_world(device="cpu", timeout_s=20, control_timeout_s=20)
+    broadcast, arrivals = dist.broadcast, []
+
+    def flipping(tensor: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
+        broadcast(tensor, src=src, group=group)
+        arrivals.append(tensor.numel())
+        if own_rank() == 1 and len(arrivals) <= times:
+            tensor[40] ^= 1
+
+    try:
+        with patch.object(dist, "broadcast", flipping):
+            seen = world.peers.broadcast_frame(b"decision" if world.is_coordinator else None).decode()
+    except PeerLost as error:
+        seen = str(error)
+    world.close()
+    return {"seen": seen, "arrivals": len(arrivals)}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tolaria.errors import RunDirError
+from tolaria.telemetry import lines
 from tolaria.telemetry.events import EventLog, read_events
 from tolaria.telemetry.lines import MAX_TEXT, LineFile, read_lines
 from tolaria.telemetry.metrics import MetricsLog, read_metrics
@@ -161,6 +162,63 @@ def test_a_failure_that_comes_back_is_told_again(tmp_path: Path, capsys: pytest.
     assert [log.append({"n": n}) for n in range(4)] == [False, False, True, False]
     log.close()
     assert capsys.readouterr().err.count("Input/output error") == 2
+
+
+class StuckDisk:
+    """A write that does not come back until the test lets it."""
+
+    def __init__(self) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        self.entered.set()
+        assert self.released.wait(30)
+        return os.write(descriptor, data)
+
+
+def test_a_disk_that_does_not_answer_holds_nobody_up_and_nothing_is_lost(tmp_path: Path) -> None:
+    disk = StuckDisk()
+    log = EventLog(tmp_path / "e", 0, run_id="r", write=disk.write)
+    for number in range(100):
+        log.emit("tick", number=number)
+    assert disk.entered.is_set()  # every call came back while the first write had not
+    assert (tmp_path / "e").read_bytes() == b""
+    disk.released.set()
+    log.close()
+    assert [event["number"] for event in read_events(tmp_path / "e")] == list(range(100))
+    assert log.lost == 0
+
+
+def test_what_a_slow_disk_cannot_take_is_bounded_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lines, "QUEUE_BYTES", 2000)
+    disk = StuckDisk()
+    log = EventLog(tmp_path / "e", 0, run_id="r", write=disk.write)
+    for number in range(100):
+        log.emit("tick", number=number)
+    disk.released.set()
+    log.emit("tick", number=100)
+    log.close()
+    found = list(read_events(tmp_path / "e"))
+    kept = [event["number"] for event in found if event["kind"] == "tick"]
+    assert len(kept) + log.lost == 101 and kept[:5] == [0, 1, 2, 3, 4]
+    assert sum(event["count"] for event in found if event["kind"] == "events_lost") <= log.lost
+    assert capsys.readouterr().err.count("does not keep up") == 1
+
+
+def test_a_disk_that_never_answers_does_not_keep_a_run_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lines, "CLOSE_S", 0.05)
+    disk = StuckDisk()
+    log = EventLog(tmp_path / "e", 0, run_id="r", write=disk.write)
+    for number in range(3):
+        log.emit("tick", number=number)
+    log.close()
+    assert log.lost == 3
+    assert "does not answer" in capsys.readouterr().err
+    disk.released.set()
 
 
 def test_events_after_close_are_lost_not_raised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

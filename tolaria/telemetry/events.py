@@ -1,7 +1,6 @@
 """events.jsonl: what happened in a run, typed, for machines."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,8 @@ class EventLog:
 
     Every line has kind, level, run_id, rank, step, mono_ns (monotonic, for intervals within one boot) and wall_ns
     (Unix time), then the event's own fields. ``step`` is set by the training loop. Local, safe to use from several
-    threads, never waits for the disk. When events were lost, the next one that can be written is preceded by an
-    ``events_lost`` event with their number.
+    threads; a slow disk holds it up for some milliseconds at most. When events were lost, the next one that can be
+    written is preceded by an ``events_lost`` event with their number.
     """
 
     def __init__(
@@ -40,9 +39,7 @@ class EventLog:
         self.step = 0
         self._mono_ns = mono_ns
         self._wall_ns = wall_ns
-        self._file = LineFile(path, write=write)
-        self._untold = 0
-        self._lock = threading.Lock()
+        self._file = LineFile(path, write=write, notice=self._lost)
 
     @property
     def lost(self) -> int:
@@ -54,18 +51,14 @@ class EventLog:
         clash = RESERVED.intersection(fields)
         if clash:
             raise ValueError(f"event {kind!r}: field names {sorted(clash)} are reserved; choose others")
-        record = self._record(kind, level, fields)
-        with self._lock:
-            if self._untold:
-                lost = self._record("events_lost", "warning", {"count": self._untold})
-                written = self._file.append(lost, record)
-            else:
-                written = self._file.append(record)
-            self._untold = 0 if written else self._untold + 1
+        self._file.append(self._record(kind, level, fields))
 
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
+
+    def _lost(self, count: int) -> dict[str, object]:
+        return self._record("events_lost", "warning", {"count": count})
 
     def _record(self, kind: str, level: Level, fields: dict[str, object]) -> dict[str, object]:
         return {

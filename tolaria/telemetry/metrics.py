@@ -12,8 +12,8 @@ from tolaria.telemetry.lines import LineFile, read_lines
 class MetricsLog:
     """One line per logging interval or boundary: step, wall_ns, then the values. For rank 0.
 
-    Local; a write that fails is counted in ``lost`` and never raised. A resumed run goes on in the same file, so a
-    step may occur twice: the later line counts.
+    Local, does not wait for the disk; a line that could not be written is counted in ``lost``, and nothing is raised.
+    A resumed run goes on in the same file, so a step may occur twice: the later line counts.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class MetricsLog:
 
     def write(self, step: int, **values: object) -> None:
         """Write one line of host values (numbers, not device tensors: a tensor would be copied from its device)."""
-        self._file.append({"step": step, "wall_ns": self._wall_ns(), **values})
+        self._file.append({"step": step, "wall_ns": self._wall_ns(), **values}, wait=False)
 
     def close(self) -> None:
         """Close the file; idempotent."""
