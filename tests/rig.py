@@ -151,7 +151,7 @@ class Rig:
         """A run of ``make(**task_args)`` at its start; it depends on ``config.run.seed`` alone."""
         world, config = world or alone(), config or tiny_config()
         task = load_task(make, task_args, config.run.seed)
-        loader = Loader(task, config.data, world.device)
+        loader = Loader(task, config.data, world.device, emit=lambda *_, **__: None)
         state, _ = build_state(config, task, world, loader)
         events = EventLog(folder / "events.jsonl", world.global_rank, run_id="rig")
         replica = Replica(state, world, config, events)

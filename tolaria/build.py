@@ -122,11 +122,11 @@ def _assemble(
     cleanup: ExitStack,
 ) -> Trainer:
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
-    loader = Loader(task, config.data, world.device)
+    loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
     replica = Replica(state, world, config, events)
     cleanup.callback(replica.close)
-    record = RunRecord(state, events, progress)
+    record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
     facts = facts_of(config, make_task, world)
     _announce(config, state, optim.name, world, run, events, progress)
     page = watch_ranks(config, world, run, events, cleanup)

@@ -230,9 +230,12 @@ class LogConfig:
 
     interval_steps: int = doc(10, "optimizer steps between lines in metrics.jsonl")
     progress: Literal["auto", "plain", "off"] = doc("auto", "progress on the terminal")
+    straggler_ratio: float = doc(3.0, "a rank's own time of so many times the others' is told; 0: not")
 
     def __post_init__(self) -> None:
         require(self.interval_steps >= 1, "log.interval_steps", self.interval_steps, "1 or more")
+        ratio = self.straggler_ratio
+        require(ratio == 0 or ratio > 1, "log.straggler_ratio", ratio, "0 or more than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

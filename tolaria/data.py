@@ -8,7 +8,7 @@ The last group of an epoch is filled up with samples of weight 0, so that every 
 rank takes part in every collective, and the shapes (and with them the compiled graph) never change.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from tolaria.config import DataConfig
 from tolaria.errors import TaskError
 from tolaria.objective import Batch
 from tolaria.task import Task, users_code
+from tolaria.workers import LOOK_S, load
 
 Plan = list[tuple[list[int], list[float]]]
 Window = tuple[int, int, int]
@@ -164,8 +165,10 @@ def validation_plan(num_samples: int, rank: int, world_size: int, batch_size: in
 class Loader:
     """Loads planned microbatches and brings them to the device, one ahead on CUDA."""
 
-    def __init__(self, task: Task, config: DataConfig, device: torch.device) -> None:
+    def __init__(self, task: Task, config: DataConfig, device: torch.device, emit: Callable[..., None]) -> None:
+        """``emit``: `EventLog.emit`; is told of loader processes that were replaced."""
         self.task = task
+        self._emit = emit
         self.config = config
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -177,22 +180,31 @@ class Loader:
 
         Raises TaskError, at the batch in question, for whatever the user's dataset or collate raises.
         """
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[indices for indices, _ in plan],
-            collate_fn=self.task.collate,
-            num_workers=self.config.num_workers,
-            timeout=self.config.timeout_s if self.config.num_workers else 0,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(seed),
-        )
-        on_host = self._loaded(loader, plan)
+        processes = self.config.num_workers
+
+        def make(start: int) -> DataLoader[Any]:
+            return DataLoader(
+                dataset,
+                batch_sampler=[indices for indices, _ in plan[start:]],
+                collate_fn=self.task.collate,
+                num_workers=processes,
+                timeout=LOOK_S if processes else 0,
+                pin_memory=self.device.type == "cuda",
+                # Those that take over do not draw what the first ones drew.
+                generator=torch.Generator().manual_seed((seed + start) % 2**63),
+            )
+
+        items = load(make, len(plan), timeout_s=self.config.timeout_s, tell=self._tell) if processes else iter(make(0))
+        on_host = self._loaded(items, plan)
         return self._ahead(on_host) if self._stream is not None else on_host
 
-    def _loaded(self, loader: DataLoader[Any], plan: Plan) -> Iterator[Batch]:
+    def _loaded(self, items: Iterator[Any], plan: Plan) -> Iterator[Batch]:
         with users_code("loading the task's data"):
-            for item, (_, weights) in zip(loader, plan, strict=True):
+            for item, (_, weights) in zip(items, plan, strict=True):
                 yield self._pair(item, weights)
+
+    def _tell(self, reason: str, batch: int) -> None:
+        self._emit("loader_restarted", "warning", reason=reason, batch=batch)
 
     def _pair(self, item: Any, weights: list[float]) -> Batch:
         if not (isinstance(item, (tuple, list)) and len(item) == 2):

@@ -43,6 +43,7 @@ from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters, Rate
 from tolaria.telemetry.metrics import MetricsLog
+from tolaria.telemetry.pace import Pace
 from tolaria.telemetry.progress import Progress, StepInfo
 
 FINISHED = "finished"
@@ -82,6 +83,8 @@ class Trainer:
         self.fence = Fence(parts.world.peers)
         self.meters = Meters(TRAIN_METERS, parts.world.device)
         self._samples = Rate()
+        self._pace = Pace()
+        self._asked = 0.0
         self._last_boundary_step = parts.state.step
 
     def run(self) -> str:
@@ -174,8 +177,10 @@ class Trainer:
         """The microbatches of each step to the end of the epoch, with the samples that they are of all ranks."""
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
+        self._asked = time.perf_counter()
         while (window := sampler.window) is not None and (group := list(islice(batches, sampler.accumulation))):
             yield window, group
+            self._asked = time.perf_counter()
 
     def _done(self) -> bool:
         config = self.parts.config.train
@@ -200,6 +205,7 @@ class Trainer:
         parts, state = self.parts, self.state
         parts.events.step = state.step
         self._samples.add(state.sampler.group_size)
+        self._pace.add(result.forwarded - self._asked)
         if result.taken:
             self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
@@ -234,7 +240,7 @@ class Trainer:
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         start = time.perf_counter()
-        report = parts.evaluator.measure(self.meters)
+        report = parts.evaluator.measure(self.meters, self._pace.take())
         measure_ms = (time.perf_counter() - start) * 1e3
         self.meters.reset()
         incident = parts.guard.boundary(report)

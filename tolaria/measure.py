@@ -5,7 +5,7 @@ second pass each, without or with the seed. Everything travels in one packed flo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +33,15 @@ PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
-    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
+    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
+    ``own_ms`` each rank's own milliseconds in a step.
     """
 
     train_loss: float
     val_loss: float
     val_accuracy: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    own_ms: Sequence[float] = ()
 
 
 class Evaluator:
@@ -65,13 +67,16 @@ class Evaluator:
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
 
-    def measure(self, train: Meters) -> Report:
+    def measure(self, train: Meters, own_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary. Reads the device; blocks for the validation.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step.
+        Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
+        ranks = range(self.world.world_size)
+        local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
         local.update({f"val/{name}": value for name, value in self._pass(self._plan).items()})
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
@@ -109,7 +114,8 @@ class Evaluator:
         steps = values["train/steps"]
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means)
+        own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms)
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tolaria.coordinator.apply import Applied
@@ -14,6 +15,7 @@ from tolaria.measure import Report
 from tolaria.recovery.checkpoint import SaveOutcome
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.telemetry.events import EventLog, Level
+from tolaria.telemetry.pace import stragglers
 from tolaria.telemetry.progress import BoundaryRow, Progress, SeedCell
 from tolaria.telemetry.summary import Score, SeedRecord
 
@@ -24,7 +26,7 @@ ACTING = (SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED)
 class RunRecord:
     """Scores, latencies and checkpoints of a run so far. Written by the loop, read by the summary."""
 
-    def __init__(self, state: TrainState, events: EventLog, progress: Progress) -> None:
+    def __init__(self, state: TrainState, events: EventLog, progress: Progress, *, straggler_ratio: float) -> None:
         self.state = state
         self.events = events
         self.progress = progress
@@ -37,6 +39,8 @@ class RunRecord:
         self.checkpoint_step = -1
         self.counters = {"checkpoints": 0, "checkpoint_failures": 0, "checkpoints_skipped": 0, "restarts": 0}
         self.seconds_before = 0.0
+        self._straggler_ratio = straggler_ratio
+        self._slow: list[int] = []
         self._committed = ""
         self._started = self._last_row = time.monotonic()
 
@@ -68,13 +72,26 @@ class RunRecord:
             val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
+            own_ms=[round(ms, 3) for ms in report.own_ms],
         )  # fmt: skip
         self._row(report)
+        self._tell_stragglers(report)
         for outcome in applied.outcomes:
             what = describe(outcome.command) if outcome.command is not None else "unreadable command"
             text = f"{what}: {outcome.reason}" if outcome.reason else what
             level: Level = "info" if outcome.applied else "warning"
             self.progress.note(text, label="tamiyo" if outcome.applied else "refused", level=level)
+
+    def _tell_stragglers(self, report: Report) -> None:
+        """Which ranks hold the others up; for people, once until it is over."""
+        slow = stragglers(report.own_ms, self._straggler_ratio)
+        for rank in slow:
+            usual = median(ms for other, ms in enumerate(report.own_ms) if other != rank)
+            self.events.emit("straggler", "warning", straggler=rank, own_ms=report.own_ms[rank], others_ms=usual)
+            if rank not in self._slow:
+                text = f"rank {rank}: {report.own_ms[rank]:.0f} ms a step of its own, the others {usual:.0f} ms"
+                self.progress.note(text, label="slow", level="warning")
+        self._slow = slow
 
     def _row(self, report: Report) -> None:
         now = time.monotonic()

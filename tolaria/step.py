@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,15 @@ class StepResult:
     """``loss``: this rank's part, 0-D on the device; its mean over ranks is the mean over the step's samples.
 
     ``value``: the same as a number. ``taken`` is False when the reduced gradient was not finite and nothing was
-    updated, alike on all ranks. ``verdict``: what the fence said before the update.
+    updated, alike on all ranks. ``verdict``: what the fence said before the update. ``forwarded``: when the last
+    forward pass was over (`time.perf_counter`), the last moment that does not depend on other ranks.
     """
 
     loss: Tensor
     value: float
     taken: bool
     verdict: Verdict
+    forwarded: float
 
 
 class TrainStep:
@@ -47,6 +50,7 @@ class TrainStep:
         self.events = events
         self.clip_norm = clip_norm
         self.debug = debug
+        self._forwarded = 0.0
 
     def __call__(self, group: Sequence[Batch], close_fence: Callable[[], Verdict]) -> StepResult:
         """``group``: the microbatches of this step on the device, at least one.
@@ -77,7 +81,7 @@ class TrainStep:
             clip_grads_with_norm_(self.state.host_parameters.values(), self.clip_norm, norms[0])
         verdict = close_fence()
         self._update(taken)
-        return StepResult(loss, value, taken, verdict)
+        return StepResult(loss, value, taken, verdict, self._forwarded)
 
     def _backward(self, group: Sequence[Batch]) -> Tensor:
         scale = self.state.scaler.scale
@@ -86,6 +90,7 @@ class TrainStep:
             with nullcontext() if position == len(group) - 1 else self.replica.no_sync():
                 with self.replica.autocast():
                     loss = self.replica.loss(batch)
+                self._forwarded = perf_counter()
                 scale(loss).backward()
             self.replica.shadow_backward(batch)
             total += loss.detach()

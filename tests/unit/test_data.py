@@ -172,7 +172,7 @@ def test_the_loader_brings_what_was_planned_and_draws_no_random_number() -> None
     task = make_task()
     plan: Plan = [([3, 1], [0.5, 0.5]), ([7, 7], [1.0, 0.0])]
     stream = torch.get_rng_state()
-    batches = list(Loader(task, DataConfig(), CPU).batches(task.train, plan))
+    batches = list(Loader(task, DataConfig(), CPU, emit=lambda *_, **__: None).batches(task.train, plan))
     assert torch.equal(torch.get_rng_state(), stream)
     for batch, (indices, weights) in zip(batches, plan, strict=True):
         wanted = [task.train[i] for i in indices]
@@ -188,4 +188,4 @@ def test_a_collate_that_makes_no_pair_is_named() -> None:
         collate=lambda items: items[0][0],
     )  # fmt: skip
     with pytest.raises(TaskError, match=r"collate returned Tensor; expected a pair"):
-        list(Loader(wrong, DataConfig(), CPU).batches(wrong.train, [([0], [1.0])]))
+        list(Loader(wrong, DataConfig(), CPU, emit=lambda *_, **__: None).batches(wrong.train, [([0], [1.0])]))
