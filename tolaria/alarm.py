@@ -48,9 +48,11 @@ class Alarm:
 
     def level(self) -> int:
         """The highest level this rank knows of, for the next fence. Local; some microseconds."""
-        for signal in self._signals():
-            self.journal.signal_mark(signal.mark)
+        signals = self._signals()
+        for signal in signals:
             self.page.raise_level(int(signal.level), f"{signal.origin or 'policy'}: {signal.reason}")
+        if signals:
+            self.journal.signal_mark(max(signal.mark for signal in signals))
         level = self.page.level()
         if level != self._told:
             self._told = level

@@ -135,7 +135,7 @@ class Rollback:
         """
         start = time.perf_counter()
         loaded = load_newest(
-            self._checkpoints, self.world.peers, FileOps(), accept=accepts,
+            self._checkpoints, self.world.peers, FileOps(), accept=accepts, known=self.journal.known_manifests,
             report=lambda kind, details: self.events.emit(kind, "error", **details), allow_fresh=True,
         )  # fmt: skip
         if loaded is None:
@@ -144,7 +144,8 @@ class Rollback:
         self._log(taken)
         read = time.perf_counter()
         self._swap_in(loaded.tensors, loaded.meta, loaded.local_tensors)
-        self.world.peers.require_equal(self.state.digest(), "the state after going back")
+        live = self.ring.live_digest(self.state.tensors(), self.state.meta())
+        self.world.peers.require_equal(live, "the state after going back")
         self.replica.warm_up(self._sample())
         self.ring.drop_after(loaded.step)
         spent = {"read": (read - start) * 1e3, "swap": (time.perf_counter() - read) * 1e3}

@@ -6,10 +6,11 @@ job returns says whether it struck.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -20,15 +21,18 @@ from tests.dist.jobs_resume import Points, indices_of_step, own_rank
 from tolaria import build
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
-from tolaria.config import Config
+from tolaria.config import Config, PrecisionConfig
 from tolaria.config_recovery import RecoveryConfig
 from tolaria.errors import TolariaError
 from tolaria.kasmina.slot import Slot
+from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
+from tolaria.recovery.page import Page
 from tolaria.recovery.snapshots import copy_back
 from tolaria.recovery.timeline import Return
 from tolaria.state import Mode, TrainState
 from tolaria.task import Task
+from tolaria.telemetry.lines import LineFile
 from tolaria.telemetry.summary import RunSummary
 
 RECOVERY = RecoveryConfig(
@@ -66,6 +70,11 @@ class Fault:
             state.sampler.cursor += 1
         elif self.what == "lr":
             state.lr.scale("*", 0.5, conservative=False)
+        elif self.what == "scaler":
+            state.scaler.update(new_scale=2.0**40)
+        elif self.what == "no page":
+            (page,) = Path(self.name).glob("tolaria-*-page")
+            page.unlink()
         elif self.what == "mode":
             state.mode = Mode(conservative=True, reason="out of step")
         else:
@@ -78,9 +87,13 @@ def flip_bit(tensor: Tensor) -> None:
     flat[0] ^= 1
 
 
-def recovery_config(folder: str, recovery: dict[str, Any] | None = None, **config: Any) -> Config:
+def recovery_config(
+    folder: str, recovery: dict[str, Any] | None = None, amp: Literal["bf16", "fp16"] = "bf16", **config: Any
+) -> Config:
     """`jobs_resume.make_config` with snapshots every four steps and short windows."""
-    return replace(jobs.make_config(folder, **config), recovery=replace(RECOVERY, **(recovery or {})))
+    made = jobs.make_config(folder, **config)
+    precision = PrecisionConfig(amp=amp)
+    return replace(made, recovery=replace(RECOVERY, **(recovery or {})), precision=precision)
 
 
 class BadPoints(Points):
@@ -112,7 +125,7 @@ def run(
     returns: Sequence[dict[str, Any]] = (),
     open_host: bool = False,
     slow: str = "",
-    alarm: dict[str, Any] | None = None,
+    alarms: Sequence[dict[str, Any]] = (),
     **config: Any,
 ) -> dict[str, Any]:
     """Train with these faults. ``returns``: what the run is to do by itself at a step, as a return there would."""
@@ -141,57 +154,79 @@ def run(
         return False if taken else ended
 
     patches = (patch.object(TrainState, "after_step", struck), patch.object(Comeback, "take_effects", scripted))
-    with patches[0], patches[1], slowed(slow), alarmed(alarm):
+    with patches[0], patches[1], slowed(slow) as slowed_times, alarmed(alarms) as acknowledged:
         try:
             summary = build.train(recovery_config(folder, **config), task=make_task)
         except TolariaError as raised:
             error = f"{type(raised).__name__}: {raised}"
-    return {"struck": [fault.struck for fault in planned], "bad": data.struck, "error": error, **told(summary)}
+    return {
+        "struck": [fault.struck for fault in planned], "bad": data.struck, "error": error,
+        "slowed": len(slowed_times), "acknowledged": acknowledged, **told(summary),
+    }  # fmt: skip
 
 
 @contextmanager
-def alarmed(plan: dict[str, Any] | None) -> Iterator[None]:
-    """Raise an emergency on one rank before one step; ``clear_s``: take it back everywhere after so long."""
-    if plan is None or own_rank() != plan["rank"]:
-        yield
+def alarmed(alarms: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, int]]]:
+    """Raise an emergency on one rank before one step; ``clear_s``: take it back everywhere after so long.
+
+    ``late_s``: let the other rank wait so long in its collective before. Gives the other's phase and step when it had
+    acknowledged the alarm and this rank had not gone on.
+    """
+    acknowledged: list[tuple[str, int]] = []
+    plan = next((plan for plan in alarms if plan["rank"] == own_rank()), None)
+    if plan is None:
+        yield acknowledged
         return
     level, raised = Alarm.level, []
 
     def raising(self: Alarm) -> int:
         if self.events.step == plan["step"] and not raised:
             raised.append(True)
+            time.sleep(plan.get("late_s", 0.0))
             self.page.raise_level(plan["level"], "planted")
+            if "late_s" in plan and isinstance(self.page, Page):
+                token, end = self.page.token(), time.monotonic() + 20
+                while (line := self.page.rank_line(1 - own_rank())).ack < token and time.monotonic() < end:
+                    time.sleep(0.002)
+                acknowledged.extend([(line.phase.name, line.step)] if line.ack >= token else [])
             if "clear_s" in plan:
                 threading.Timer(plan["clear_s"], lambda: self.page.clear(everywhere=True)).start()
         return level(self)
 
     with patch.object(Alarm, "level", raising):
-        yield
+        yield acknowledged
     assert raised
 
 
 @contextmanager
-def slowed(phase: str) -> Iterator[None]:
-    """Make one phase of a fast return too slow on rank 1."""
+def slowed(phase: str) -> Iterator[list[float]]:
+    """Make something slow on rank 1: a phase of a fast return; the disk under checkpoints, under telemetry; data.
+
+    Gives a list with one entry for each time.
+    """
+    times: list[float] = []
     if not phase or own_rank() != 1:
-        yield
+        yield times
         return
     wait = 0.6
 
-    def log(self: Journal, taken: Return) -> None:
-        time.sleep(wait)
-        went_back(self, taken)
+    def late(original: Callable[..., Any], wait: float = wait) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(wait)
+            times.append(wait)
+            return original(*args, **kwargs)
 
-    def copy(*args: Any, **kwargs: Any) -> bool:
-        time.sleep(wait)
-        return copy_back(*args, **kwargs)
+        return call
 
-    went_back = Journal.went_back
-    what = (
-        patch.object(Journal, "went_back", log) if phase == "prepare_ms" else patch("tolaria.rollback.copy_back", copy)
-    )
-    with what:
-        yield
+    slow = {
+        "prepare_ms": lambda: patch.object(Journal, "went_back", late(Journal.went_back)),
+        "commit_ms": lambda: patch("tolaria.rollback.copy_back", late(copy_back)),
+        "disk": lambda: patch.object(FileOps, "write", late(FileOps.write, 0.2)),
+        "sink": lambda: patch.object(LineFile, "_put", late(LineFile._put, 0.2)),
+        "data": lambda: patch.object(BadPoints, "__getitems__", late(BadPoints.__getitems__, 0.03)),
+    }
+    with slow[phase]():
+        yield times
 
 
 def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> bool:

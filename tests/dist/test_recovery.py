@@ -1,6 +1,6 @@
 """A run that something goes wrong in goes back by itself, and ends as one that nothing went wrong in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,8 +9,10 @@ import pytest
 
 from tests.dist.jobs_resume import BATCH, SEED, TRAIN_SAMPLES
 from tests.dist.test_resume import SCRIPT, by_rank, write_script
+from tests.faults.test_disk import mounted
 from tests.ranks import RankPool
 from tolaria.data import EpochSampler
+from tolaria.telemetry.events import read_events
 
 Run: TypeAlias = Callable[..., list[dict[str, Any]]]
 STEPS = 24
@@ -75,6 +77,26 @@ def test_a_replica_that_drifts_is_named_and_undone(
     reasons = {reason for _, reason in by_rank(folder, "incident", "reason")}
     assert any(told in reason for reason in reasons), reasons
     assert (run["outcome"], run["mode"], run["digest"]) == ("finished", "normal", clean)
+
+
+def test_a_scaler_out_of_step_is_named_and_undone(two: Run, tmp_path: Path) -> None:
+    expected = same(two(folder=str(tmp_path / "clean"), amp="fp16"))
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), amp="fp16", faults=[{"what": "scaler", "step": 10, "rank": 1}])
+    assert [r["struck"] for r in ranks] == [[0], [1]]
+    run = same(ranks)
+    assert [incident[0] for incident in run["incidents"]] == ["drift"]
+    assert any("scaler" in reason for _, reason in by_rank(folder, "incident", "reason"))
+    assert (run["outcome"], run["digest"]) == ("finished", expected["digest"])
+
+
+def test_a_gradient_that_overflows_on_one_rank_is_skipped_on_both(two: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    both = [{"what": "scaler", "step": 10, "rank": None}]
+    run = same(two(folder=str(folder), amp="fp16", faults=both))
+    skipped = by_rank(folder, "step_skipped", "step")
+    assert skipped and [s for r, s in skipped if r == 0] == [s for r, s in skipped if r == 1]
+    assert (run["outcome"], run["incidents"]) == ("finished", [])
 
 
 def test_a_buffer_that_drifts_is_healed_by_the_next_forward_pass(two: Run, clean: str, tmp_path: Path) -> None:
@@ -200,7 +222,7 @@ def test_a_fast_return_that_misses_its_deadline_leaves_it_to_the_checkpoint(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_emergency_of_level_3_goes_back_in_conservative_mode(two: Run, rank: int, tmp_path: Path) -> None:
-    ranks = two(folder=str(tmp_path / "run"), alarm={"rank": rank, "step": 14, "level": 3})
+    ranks = two(folder=str(tmp_path / "run"), alarms=[{"rank": rank, "step": 14, "level": 3}])
     run = same(ranks)
     assert run["incidents"] == [["emergency", 14, 12, "snapshot of step 12", 0]]
     scripted = same(two(
@@ -211,33 +233,117 @@ def test_an_emergency_of_level_3_goes_back_in_conservative_mode(two: Run, rank: 
 
 
 def test_an_emergency_of_level_2_goes_back_to_a_good_checkpoint(two: Run, clean: str, tmp_path: Path) -> None:
-    run = same(two(folder=str(tmp_path / "run"), alarm={"rank": 1, "step": 16, "level": 2}))
+    run = same(two(folder=str(tmp_path / "run"), alarms=[{"rank": 1, "step": 16, "level": 2}]))
     ((cause, _, _, source, _),) = run["incidents"]
     assert cause == "emergency" and source.startswith("checkpoint c")
     assert (run["outcome"], run["digest"]) == ("finished", clean)
 
 
 def test_a_notice_changes_nothing(two: Run, clean: str, tmp_path: Path) -> None:
-    run = same(two(folder=str(tmp_path / "run"), alarm={"rank": 1, "step": 16, "level": 1}))
+    run = same(two(folder=str(tmp_path / "run"), alarms=[{"rank": 1, "step": 16, "level": 1}]))
     assert (run["incidents"], run["digest"]) == ([], clean)
     assert ("planted",) in {event[1:] for event in by_rank(tmp_path / "run", "emergency", "reason")}
 
 
 def test_a_halt_that_is_cleared_leaves_no_trace(two: Run, clean: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = same(two(folder=str(folder), alarm={"rank": 1, "step": 14, "level": 4, "clear_s": 0.5}))
+    run = same(two(folder=str(folder), alarms=[{"rank": 1, "step": 14, "level": 4, "clear_s": 0.5}]))
     assert by_rank(folder, "halted", "step") == [(0, 14), (1, 14)]
     assert (run["incidents"], run["digest"]) == ([], clean)
 
 
 def test_a_halt_that_is_not_cleared_saves_the_state_and_ends(two: Run, clean: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = two(folder=str(folder), alarm={"rank": 1, "step": 14, "level": 4}, recovery={"halt_wait_s": 0.3})
+    ranks = two(folder=str(folder), alarms=[{"rank": 1, "step": 14, "level": 4}], recovery={"halt_wait_s": 0.3})
     assert [rank["error"].partition(" and")[0] for rank in ranks] == ["RunHalted: halted (planted)"] * 2
     assert by_rank(folder, "run_ended", "outcome", "steps") == [(0, "halted", 14), (1, "halted", 14)]
     resumed = same(two(folder=str(folder), resume=True))
     assert {event[1] for event in by_rank(folder, "resumed", "saved_step")} == {12}
     assert (resumed["outcome"], resumed["digest"]) == ("finished", clean)
+
+
+def test_an_alarm_reaches_a_rank_that_waits_in_a_collective_and_both_halt_at_one_step(
+    two: Run, clean: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    alarm = {"rank": 1, "step": 14, "level": 4, "late_s": 0.5, "clear_s": 0.5}
+    ranks = two(folder=str(folder), alarms=[alarm])
+    # Rank 0 had begun the step after 14 and could not end it without rank 1; it had seen the alarm all the same.
+    assert [rank["acknowledged"] for rank in ranks] == [[], [["STEP", 14]]]
+    assert by_rank(folder, "halted", "step") == [(0, 14), (1, 14)]
+    assert (same(ranks)["incidents"], same(ranks)["digest"]) == ([], clean)
+
+
+def test_of_two_alarms_at_once_the_higher_one_counts(two: Run, tmp_path: Path) -> None:
+    alarms = [{"rank": 0, "step": 14, "level": 2}, {"rank": 1, "step": 14, "level": 3}]
+    run = same(two(folder=str(tmp_path / "run"), alarms=alarms))
+    higher = same(two(folder=str(tmp_path / "higher"), alarms=alarms[1:]))
+    assert run["incidents"] == higher["incidents"] == [["emergency", 14, 12, "snapshot of step 12", 0]]
+    assert run["digest"] == higher["digest"]
+
+
+# What the run stands on: the mapped page, the disk, the data
+
+
+@pytest.fixture
+def full_memory(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory without room for a page."""
+    with mounted(tmp_path / "full", "-t", "tmpfs", "-o", "size=8k", "none") as place:
+        (place / "filler").write_bytes(bytes(8192))
+        yield place
+
+
+def test_without_room_for_the_page_the_fence_alone_carries_emergencies(
+    two: Run, clean: str, full_memory: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = same(two(folder=str(folder), alarms=[{"rank": 1, "step": 16, "level": 2}],
+                   recovery={"snapshot_dir": str(full_memory)}))  # fmt: skip
+    assert [rank for rank, reason in by_rank(folder, "page_unavailable", "reason") if "space" in reason] == [0]
+    assert by_rank(folder, "emergency", "emergency_level") == [(1, 2)]  # nobody else could see it before the fence
+    ((cause, _, _, source, _),) = run["incidents"]
+    assert cause == "emergency" and source.startswith("checkpoint c")
+    assert (run["outcome"], run["digest"]) == ("finished", clean)
+
+
+def test_a_page_that_is_deleted_under_a_run_works_on(two: Run, clean: str, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    alarm = {"rank": 1, "step": 14, "level": 4, "clear_s": 0.5}
+    ranks = two(folder=str(tmp_path / "run"), alarms=[alarm], recovery={"snapshot_dir": str(memory)},
+                faults=[{"what": "no page", "step": 10, "rank": 0, "name": str(memory)}])  # fmt: skip
+    assert [rank["struck"] for rank in ranks] == [[1], [0]]
+    assert by_rank(tmp_path / "run", "halted", "step") == [(0, 14), (1, 14)]
+    assert (same(ranks)["incidents"], same(ranks)["digest"]) == ([], clean)
+
+
+def test_a_slow_disk_under_the_checkpoints_costs_saves_and_no_steps(two: Run, clean: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), slow="disk")
+    assert ranks[1]["slowed"] > 5
+    skipped = {step for _, step in by_rank(folder, "checkpoint_skipped", "step")}
+    committed = {step for _, step in by_rank(folder, "checkpoint_committed", "saved_step")}
+    # While one was being written the run went on, past boundaries that wanted one too; none was in flight twice.
+    assert skipped and not skipped & committed - {STEPS}  # the last one is written anyhow
+    assert len(skipped | committed) == STEPS // 3 and max(committed) == STEPS
+    assert same(ranks)["digest"] == clean
+
+
+def test_a_slow_disk_under_the_telemetry_holds_no_step_up(two: Run, clean: str, tmp_path: Path) -> None:
+    ranks = two(folder=str(tmp_path / "run"), slow="sink")
+    assert ranks[1]["slowed"] > 2
+    assert same(ranks)["digest"] == clean
+
+
+def test_a_rank_with_slow_data_is_named_within_two_boundaries(two: Run, clean: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = two(folder=str(folder), slow="data")
+    assert ranks[0]["slowed"] == 0 and ranks[1]["slowed"] >= STEPS
+    told = list(read_events(folder / "events.jsonl", "straggler"))
+    assert {event["straggler"] for event in told} == {1}
+    assert min(event["step"] for event in told) <= 2 * 3
+    assert all(event["own_ms"] > 3 * event["others_ms"] for event in told)
+    assert same(ranks)["digest"] == clean
 
 
 def test_the_policy_may_ask_for_a_return(two: Run, clean: str, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ class Page:
             start = 8 * (at + _REASON)
             raw = bytes(self._memory[start : start + REASON_BYTES])
             if before == words[at + _SEQ] and not before & 1 and words[at + _CHECK] == _checksum(before, level, raw):
-                return min(level, MAX_LEVEL), raw.rstrip(b"\0").decode(errors="replace")
+                return min(level, MAX_LEVEL), raw.rstrip(b"\0").decode(errors="ignore")
         return 0, ""
 
     def _set_alarm(self, line: int, level: int, reason: str) -> None:
