@@ -16,7 +16,7 @@ from tolaria.comeback import Comeback
 from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
-from tolaria.dist import World, init_world
+from tolaria.dist import World, init_world, lost_peers
 from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
 from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
 from tolaria.guard import Guard
@@ -74,8 +74,8 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         events = EventLog(run.path / "events.jsonl", world.global_rank, run_id=run.run_id)
         cleanup.callback(events.close)
         try:
-            trainer = _assemble(config, task, world, run, events, progress, stop, cleanup)
-            return _run(trainer, world, run)
+            with lost_peers():
+                return _run(_assemble(config, task, world, run, events, progress, stop, cleanup), world, run)
         except TolariaError as error:
             trace = "".join(traceback.format_exception(error))[-8000:]
             events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)

@@ -34,6 +34,19 @@ def _peer_errors(what: str) -> Iterator[None]:
         raise PeerLost(f"{what}: another rank is gone or did not answer in time ({error})") from error
 
 
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """What DDP and the process groups raise when another rank is gone comes out as PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not (isinstance(error, dist.DistError) or "gloo" in text or "connection closed by peer" in text):
+            raise
+        what = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise PeerLost(f"lost another rank; that rank's own output says why ({what})") from error
+
+
 class Peers:
     """The small collectives over one process group. Every method is collective: all ranks call it.
 

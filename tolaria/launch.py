@@ -43,20 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, PeerLost):
             _leave(error.exit_code)
         return error.exit_code
-    except RuntimeError as error:
-        if not _is_lost_peer(error):
-            raise
-        what = str(error).strip().partition("\n")[0].partition(". ")[0]
-        sys.stderr.write(f"tolaria: rank {rank}: lost another rank; that rank's own output says why ({what})\n")
-        _leave(PeerLost.exit_code)
     return 0
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    from torch.distributed import DistError  # noqa: PLC0415 - as above
-
-    text = str(error).lower()
-    return isinstance(error, DistError) or "gloo" in text or "connection closed by peer" in text
 
 
 def _leave(code: int) -> None:

@@ -205,7 +205,7 @@ class Trainer:
         parts, state = self.parts, self.state
         parts.events.step = state.step
         self._samples.add(state.sampler.group_size)
-        self._pace.add(result.forwarded - self._asked)
+        self._pace.add(result.alone_until - self._asked)
         if result.taken:
             self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:

@@ -47,6 +47,8 @@ class Replica:
         self.events = events
         self.compiled = config.compile.enabled
         self.shadows: list[tuple[Seed, Objective]] = []
+        # Whether DDP's forward pass begins by sending rank 0's buffers to all ranks.
+        self.sends_buffers = False
         self._ddp: DistributedDataParallel | None = None
         self._wrapped: list[str] = []
         self._warm: set[object] = set()
@@ -102,7 +104,8 @@ class Replica:
         alphas = [name for name, _ in objective.named_buffers() if name.endswith(".form.alpha")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alphas)
         device = self.world.device
-        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: next(named_buffers_of(self.state), None) is not None}
+        self.sends_buffers = next(named_buffers_of(self.state), None) is not None
+        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: self.sends_buffers}
         return DistributedDataParallel(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,

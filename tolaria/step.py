@@ -30,15 +30,16 @@ class StepResult:
     """``loss``: this rank's part, 0-D on the device; its mean over ranks is the mean over the step's samples.
 
     ``value``: the same as a number. ``taken`` is False when the reduced gradient was not finite and nothing was
-    updated, alike on all ranks. ``verdict``: what the fence said before the update. ``forwarded``: when the last
-    forward pass was over (`time.perf_counter`), the last moment that does not depend on other ranks.
+    updated, alike on all ranks. ``verdict``: what the fence said before the update. ``alone_until``: the last
+    moment that does not depend on other ranks (`time.perf_counter`): the end of the last forward pass, or, where DDP
+    sends buffers to all ranks before it, its beginning.
     """
 
     loss: Tensor
     value: float
     taken: bool
     verdict: Verdict
-    forwarded: float
+    alone_until: float
 
 
 class TrainStep:
@@ -50,7 +51,7 @@ class TrainStep:
         self.events = events
         self.clip_norm = clip_norm
         self.debug = debug
-        self._forwarded = 0.0
+        self._alone_until = 0.0
 
     def __call__(self, group: Sequence[Batch], close_fence: Callable[[], Verdict]) -> StepResult:
         """``group``: the microbatches of this step on the device, at least one.
@@ -81,16 +82,17 @@ class TrainStep:
             clip_grads_with_norm_(self.state.host_parameters.values(), self.clip_norm, norms[0])
         verdict = close_fence()
         self._update(taken)
-        return StepResult(loss, value, taken, verdict, self._forwarded)
+        return StepResult(loss, value, taken, verdict, self._alone_until)
 
     def _backward(self, group: Sequence[Batch]) -> Tensor:
         scale = self.state.scaler.scale
         total = torch.zeros((), device=self.replica.world.device)
         for position, batch in enumerate(group):
             with nullcontext() if position == len(group) - 1 else self.replica.no_sync():
+                before = perf_counter()
                 with self.replica.autocast():
                     loss = self.replica.loss(batch)
-                self._forwarded = perf_counter()
+                self._alone_until = before if self.replica.sends_buffers else perf_counter()
                 scale(loss).backward()
             self.replica.shadow_backward(batch)
             total += loss.detach()

@@ -177,7 +177,7 @@ def alarmed(alarms: Sequence[dict[str, Any]]) -> Iterator[list[tuple[str, int]]]
     if plan is None:
         yield acknowledged
         return
-    level, raised = Alarm.level, []
+    level, raised = Alarm.level, list[bool]()
 
     def raising(self: Alarm) -> int:
         if self.events.step == plan["step"] and not raised:

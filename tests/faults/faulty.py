@@ -5,10 +5,10 @@ happens, once per run directory: a file ``struck-<place>-<rank>`` in TOLARIA_FI_
 goes on unharmed ("always-kill" strikes in every start).
 """
 
+import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ PLACES = {
     "confirmed": ("tolaria.recovery.arena:Arena.validate", "before"),
     "at-step": ("tolaria.state:TrainState.after_step", "after"),
     "step": ("tolaria.state:TrainState.after_step", "after"),
+    "fence": ("tolaria.dist:Peers.start_sum", "before"),
     "growing": ("tolaria.kasmina.host:Kasmina.apply", "before"),
     "received": ("tolaria.coordinator.coordinator:decode_decision", "before"),
 }
@@ -43,11 +44,21 @@ def strike(action: str, place: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "raise":
         raise RuntimeError(f"planted at {place!r}")
-    elif action == "hang":
-        while True:
-            time.sleep(0.01)
-    else:
+    elif action.startswith("lock"):
+        ctypes.PyDLL(None).usleep(int(1e6 * float(action[4:])))  # a call by PyDLL keeps the interpreter lock
+    elif action == "eat":
+        eat()
+    elif action != "skip":
         raise ValueError(f"TOLARIA_FI: no action {action!r}")
+
+
+def eat() -> None:
+    """Use more memory than the kernel allows this process, in a control group of its own."""
+    group = Path(os.environ["TOLARIA_FI_CGROUP"])
+    (group / "memory.limit_in_bytes").write_text(str(64 << 20))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    filled = [bytearray(os.urandom(1 << 20)) for _ in range(1024)]
+    raise AssertionError(f"{len(filled)} MiB were to be had")
 
 
 def plant(place: str, nth: int, action: str) -> None:
@@ -66,6 +77,8 @@ def plant(place: str, nth: int, action: str) -> None:
         passed += 1
         if passed == nth and when == "before":
             strike(action, place)
+            if action == "skip":
+                return None
         result = original(*args, **kwargs)
         if place == "at-step":
             passed = args[0].step

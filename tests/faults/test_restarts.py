@@ -1,13 +1,15 @@
 """Whole jobs that die at chosen places, or stand still, and go on: the state at the end is that of the unharmed run."""
 
+import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -37,13 +39,14 @@ def unharmed() -> str:
         return digest_of(job.finish())
 
 
-def start(folder: Path, faults: str = "", *, restarts: int = 0, more: tuple[str, ...] = (), **task: Any) -> Job:
+def start(folder: Path, faults: str = "", *, restarts: int = 0, more: tuple[str, ...] = (),
+          environment: Mapping[str, str] = MappingProxyType({}), **task: Any) -> Job:  # fmt: skip
     """The run of test_processes.py with snapshots every five steps and faults at chosen places."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
     command += ["-m", "tests.faults.faulty", *flags(folder, **{"hold": False, **task}), *QUICK, *more]
-    environment = {"TOLARIA_FI": faults, "TOLARIA_FI_DIR": str(folder)}
     command = [sys.executable, *command, "--run.dir", str(folder / "run")]
-    return Job(folder, command, folder / "run", environment=environment)
+    plan = {"TOLARIA_FI": faults, "TOLARIA_FI_DIR": str(folder)}
+    return Job(folder, command, folder / "run", environment={**plan, **environment})
 
 
 def decisions(job: Job) -> list[int]:
@@ -141,6 +144,55 @@ def test_a_crash_of_native_code_is_a_death_like_others(folder: Path, unharmed: s
         let_go(folder)
         assert digest_of(job.finish()) == unharmed
         assert f"exitcode: -{int(number)})" in job.output
+        assert job.left_behind() == []
+
+
+def test_a_rank_that_holds_the_interpreter_lock_is_ended_and_the_run_goes_on(folder: Path, unharmed: str) -> None:
+    with start(folder, "step:1:27:lock30", restarts=2) as job:
+        assert digest_of(job.finish()) == unharmed
+        assert (folder / "struck-step-1").exists()
+        (event,) = job.events("rank_stuck")
+        assert event["stuck_rank"] == 1 and "interpreter lock" in event["reason"]
+        assert job.left_behind() == []
+
+
+def test_a_lock_held_for_a_moment_harms_nobody(folder: Path, unharmed: str) -> None:
+    with start(folder, "step:1:27:lock1") as job:
+        assert digest_of(job.finish()) == unharmed
+        assert (folder / "struck-step-1").exists()
+        assert job.events("rank_stuck") == []
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group for memory that a process may put itself into."""
+    path = Path("/sys/fs/cgroup/memory") / f"tolaria-test-{os.getpid()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"this process may not make a memory control group (version 1): {error}")
+    yield path
+    path.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_its_memory_is_a_death_like_others(
+    folder: Path, unharmed: str, memory_group: Path
+) -> None:
+    with start(folder, "step:1:27:eat", restarts=2, environment={"TOLARIA_FI_CGROUP": str(memory_group)}) as job:
+        assert digest_of(job.finish()) == unharmed
+        assert "oom_kill 1" in (memory_group / "memory.oom_control").read_text().splitlines()
+        assert (folder / "struck-step-1").exists()
+        assert job.left_behind() == []
+
+
+def test_a_rank_that_leaves_out_a_collective_ends_the_start_and_the_next_one_goes_on(
+    folder: Path, unharmed: str
+) -> None:
+    more = ("--dist.timeout_s=8", "--dist.control_timeout_s=8")
+    with start(folder, "fence:1:27:skip", restarts=2, more=more) as job:
+        assert digest_of(job.finish()) == unharmed
+        assert (folder / "struck-fence-1").exists()
+        assert len(job.events("run_started", rank=0)) > 1
         assert job.left_behind() == []
 
 

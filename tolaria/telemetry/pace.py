@@ -1,6 +1,7 @@
 """Who holds the others up: each rank's own time in a step, before it waits for anybody.
 
-On a GPU the host's part of it is seen (data, launching), not the device's.
+That is its data, and its forward pass unless DDP sends buffers (running statistics) before it. On a GPU the host's
+part is seen (data, launching), not the device's.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ class Pace:
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
 
     def add(self, seconds: float) -> None:
-        """One step: from asking for its data to the end of its last forward pass."""
+        """One step: from asking for its data to the last moment that does not depend on other ranks."""
         self._seconds.append(seconds)
 
     def take(self) -> float:
