@@ -44,7 +44,7 @@ SCRIPT = '[[command]]\nboundary = 3\nop = "rollback"\n'
 
 
 class Noise(Dataset[tuple[Tensor, Tensor]]):
-    """Random vectors; one read of a batch comes out far too large."""
+    """Random vectors and what is added to their loss: nothing, but for one read of a batch a million."""
 
     def __init__(self) -> None:
         self.inputs = torch.randn(SAMPLES, WIDTH)
@@ -55,8 +55,8 @@ class Noise(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         self.reads += 1
-        factor = 1e6 if BATCH * (SPIKE_READ - 1) <= self.reads < BATCH * SPIKE_READ else 1.0
-        return self.inputs[index] * factor, torch.zeros(())
+        spike = BATCH * (SPIKE_READ - 1) <= self.reads < BATCH * SPIKE_READ
+        return self.inputs[index], torch.tensor(1e6 * spike)
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def _returns(size: float) -> list[dict[str, Any]]:
         model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
         data = Noise()
         return Task(
-            model=model, loss=lambda out, _: 1 + out.square().mean(1), train=data, validation=Noise(),
+            model=model, loss=lambda out, extra: 1 + out.square().mean(1) + extra, train=data, validation=Noise(),
             accuracy=lambda out, _: torch.zeros(len(out)),
         )  # fmt: skip
 

@@ -25,9 +25,10 @@ from tolaria.process import set_parent_death_signal, start_time
 from tolaria.recovery.page import Page, RankLine
 from tolaria.telemetry.events import EventLog
 
-PERIOD_S = 0.05
+PERIOD_S = 0.01  # of looking for alarms
+CHECK_S = 0.05  # of looking for stuck ranks
 DUMP_WAIT_S = 0.5
-ANSWER_S = 0.08  # for a level-4 alarm, before the rank is stopped
+ANSWER_S = 0.06  # for a level-4 alarm, before the rank is stopped
 STOPPED_S = 0.25
 HALT = 4
 _WAITS_FOR_OTHERS = re.compile(r"torch/distributed/|/tolaria/(dist|fence)\.py")
@@ -88,21 +89,24 @@ class Watchdog:
 
     def run(self) -> None:
         """Watch. Returns when told to, or when every rank that signed in has ended."""
-        seen = time.monotonic()
+        checked = time.monotonic()
+        alive = self._alive()
         while not self.stop:
             time.sleep(PERIOD_S)
             now = time.monotonic()
-            late, seen = now - seen, now
+            self._mind_alarm(alive)
+            if now - checked < CHECK_S:
+                continue
+            late, checked = now - checked, now
             alive = self._alive()
             if self._fds and not alive:
                 return
             if late > 1.0:
                 # This process stood still itself: the whole machine did, and the ranks' clocks say nothing.
                 time.sleep(1.0)
-                seen = time.monotonic()
+                checked = time.monotonic()
                 continue
             self._check(alive)
-            self._mind_alarm(alive)
 
     def close(self) -> None:
         """Let stopped ranks go and close what is open."""
