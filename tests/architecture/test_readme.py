@@ -6,6 +6,7 @@ from tests.architecture.source import ROOT
 
 # Command as in a ```sh block of README.md -> (the test that runs it, text by which the test's source shows it).
 EXAMPLES = "tests/integration/test_readme_examples.py"
+OPERATOR = "tests/faults/test_operator.py"
 DIGITS = "-m tolaria.launch --config launch/configs/digits.toml"
 SPIKE = "-m tolaria.launch --config launch/configs/spike.toml"
 MINE = "python -m tolaria.launch --task my_model:make_task"
@@ -24,6 +25,10 @@ TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     f"{MINE} --tamiyo.policy my_policy:OneSeed --optim.lr 0.01": (EXAMPLES, "--tamiyo.policy my_policy:OneSeed"),
     "python -m tolaria.tamiyo.keys keys": (EXAMPLES, '"python -m tolaria.tamiyo.keys keys"'),
     f"python {SERVE}": (EXAMPLES, SERVE),
+    'python -m tolaria.emergency RUN halt --reason "disk is being replaced"': (OPERATOR, 'COMMANDS["halt"]'),
+    "python -m tolaria.emergency RUN status": (OPERATOR, 'COMMANDS["status"]'),
+    "python -m tolaria.emergency RUN clear": (OPERATOR, 'COMMANDS["clear"]'),
+    "make faults": ("Makefile", "--faults"),
     f"{MINE} {SERVICE}": (EXAMPLES, "--tamiyo.endpoint ipc:///tmp/policy.sock"),
 }
 
