@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def check_start(journal: Journal, world: World, *, step: int, branch: int, agent
 def facts_of(config: Config, task: Callable[..., Task] | None, world: World) -> dict[str, Any]:
     """What a saved state depends on: kept beside it, compared when a run goes on from it."""
     return {
-        "task.factory": config.task.factory if task is None else f"{task.__module__}:{task.__qualname__}",
+        "task.factory": config.task.factory if task is None else _name(task),
         "task.args": dict(config.task.args),
         "task.code": _code_digest(config, task),
         "run.seed": config.run.seed,
@@ -241,9 +242,18 @@ def check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], *, accept: boo
     events.emit("changes_accepted", "warning", changed=changed)
 
 
+def _name(task: Callable[..., Task]) -> str:
+    """``module:name`` of a function, of what a partial calls, or of a callable object's class."""
+    while isinstance(task, partial):
+        task = task.func
+    return f"{task.__module__}:{getattr(task, '__qualname__', type(task).__qualname__)}"
+
+
 def _code_digest(config: Config, task: Callable[..., Task] | None) -> str:
     """Digest of the file that the task comes from; empty where it has none (typed in, or frozen)."""
-    factory = task if task is not None else import_object(config.task.factory, "task.factory")
+    factory: Any = task if task is not None else import_object(config.task.factory, "task.factory")
+    while isinstance(factory, partial):
+        factory = factory.func
     try:
         source = inspect.getsourcefile(inspect.unwrap(factory))
         return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""

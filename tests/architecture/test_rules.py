@@ -56,6 +56,9 @@ def own_nodes(function: Function) -> list[ast.AST]:
     return found
 
 
+NOT_WITH_THE_SUITE = {ROOT / "tests/faults/test_partition.py"}  # in `make faults`
+
+
 def test_only_listed_functions_catch_everything() -> None:
     found = {
         (path, name)
@@ -126,3 +129,12 @@ def test_what_must_start_at_once_does_not_import_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit(' '.join({{'torch', 'sklearn'}} & set(sys.modules)) or None)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_every_test_is_collected(request: pytest.FixtureRequest) -> None:
+    """Folders of certain names, "dist" among them, are passed over by default."""
+    session = request.session
+    if session.config.args != session.config.getini("testpaths") or session.config.getoption("keyword"):
+        pytest.skip("only a part of the suite was asked for")
+    collected = {item.path for item in session.items}
+    assert set((ROOT / "tests").rglob("test_*.py")) - collected - NOT_WITH_THE_SUITE == set()

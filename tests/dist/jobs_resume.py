@@ -145,6 +145,7 @@ def make_config(
     *,
     script: str = "",
     resume: bool = False,
+    accept_changes: bool = False,
     steps: int = 27,
     compiled: bool = False,
     optimizer: str = "adamw",
@@ -156,7 +157,7 @@ def make_config(
         gradient_window=2, blend_steps=4, max_loss_ratio=1e9, min_contribution=-1e9, output_ratio=1e9
     )  # fmt: skip
     return Config(
-        run=run_config(folder, resume=resume),
+        run=run_config(folder, resume=resume, accept_changes=accept_changes),
         train=TrainConfig(
             epochs=100, max_steps=steps, batch_size=BATCH, accumulation=accumulation, boundary_steps=BOUNDARY_STEPS
         ),

@@ -209,7 +209,7 @@ def test_two_ranks_continue_a_run_of_one_process(two_ranks: RankPool, tmp_path: 
 
 def test_a_grown_model_continues_on_another_number_of_ranks(two: Train, script: str, tmp_path: Path) -> None:
     stop(two, tmp_path / "run", "blending", stop_rank=1)
-    told = jobs.train(str(tmp_path / "run"), script=script, resume=True, steps=STEPS)
+    told = jobs.train(str(tmp_path / "run"), script=script, resume=True, accept_changes=True, steps=STEPS)
     assert (told["outcome"], told["steps"], told["stages"]) == ("finished", STEPS, AT_THE_END)
     # What rank 0 knew of the commands before the stop is not lost with the other rank.
     told_of = [c["what"] for c in json.loads((tmp_path / "run" / "summary.json").read_text())["commands"]]
@@ -269,7 +269,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     with pytest.raises(CheckpointMismatch, match=told):
-        jobs.train(str(folder), script=script, resume=True, task=task)
+        jobs.train(str(folder), script=script, resume=True, accept_changes=True, task=task)
     assert {p.name for p in (folder / "ckpt").iterdir()} == {p.name for p in (stopped / "ckpt").iterdir()}
 
 

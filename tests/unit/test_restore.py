@@ -1,16 +1,22 @@
 """A start that differs from the run it goes on from says so, and goes on only when told to."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.dist import jobs_resume as jobs
 from tests.dist.test_resume import by_rank
 from tolaria import build
 from tolaria.config import Config
+from tolaria.dist import Peers, World
 from tolaria.errors import CheckpointMismatch, RunLocked, WalError
+from tolaria.restore import facts_of
+from tolaria.task import Task
+from tolaria.tasks.digits import make_task as make_digits
 
 
 def train(folder: Path, *, resume: bool = False, accept: bool = False, **changes: Any) -> Any:
@@ -61,3 +67,18 @@ def test_a_damaged_log_refuses_the_start(tmp_path: Path) -> None:
     with pytest.raises(WalError, match="damaged"):
         train(tmp_path / "run", resume=True)
     assert RunLocked.exit_code != WalError.exit_code == 74
+
+
+def test_a_task_may_be_a_partial_or_an_object() -> None:
+    class Maker:
+        def __call__(self) -> Task:
+            raise NotImplementedError
+
+    world = World(
+        global_rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), generation="g", peers=Peers(None, 0, 1),
+        background=Peers(None, 0, 1), data_group=None,
+    )  # fmt: skip
+    whole = facts_of(Config(), make_digits, world)
+    assert facts_of(Config(), partial(partial(make_digits, width=4)), world) == whole
+    assert whole["task.factory"] == "tolaria.tasks.digits:make_task" and whole["task.code"]
+    assert facts_of(Config(), Maker(), world)["task.factory"].endswith("<locals>.Maker")
