@@ -169,9 +169,8 @@ class Comeback:
 
     def forget_earlier_starts(self) -> None:
         """With a snapshot of this start on every rank, those that earlier starts left are not needed. Collective."""
-        if self.ring.survives and self.ring.held():
-            # Every rank must have its own before one deletes what a restart would otherwise go on from.
-            self.world.peers.barrier()
+        # Every rank must have its own before one deletes what a restart would otherwise go on from.
+        if self.world.peers.agree(bool(self.ring.held())) and self.ring.survives:
             sweep(self.ring.run_id, self.ring.generation, self.ring.directory)
 
     def newest_payload(self) -> Payload | None:
