@@ -71,6 +71,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 found.failed += outcome in ("failed", "error")
                 found.skipped += outcome == "skipped"
                 found.seconds += report.duration
+                found.counted += [str(text) for name, text in report.user_properties if name == matrix.COUNTED]
     terminalreporter.section("fault matrix")
     for line in matrix.table(seen):
         terminalreporter.write_line(line)

@@ -5,7 +5,7 @@ fault struck. LONG ones run in `make faults` only.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 RESTARTS = "tests/faults/test_restarts.py::"
 PROCESSES = "tests/faults/test_processes.py::"
@@ -309,6 +309,9 @@ LONG = (
 )  # fmt: skip
 """Left out of the whole suite; `make faults` and their names run them."""
 
+COUNTED = "counted"
+"""Name of the property under which a test tells how much it tried."""
+
 SMOKE = (1, 2, 4, 5, 10, 12, 16, 18, 20, 37, 38, 42, 43)
 
 
@@ -319,12 +322,13 @@ def rows_of(name: str) -> list[Row]:
 
 @dataclass
 class Seen:
-    """What the tests of one row came to."""
+    """What the tests of one row came to. ``counted``: what they say of how much they tried, for people."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    counted: list[str] = field(default_factory=list)
 
 
 def table(seen: Mapping[int, Seen]) -> Iterable[str]:
@@ -335,5 +339,6 @@ def table(seen: Mapping[int, Seen]) -> Iterable[str]:
         total = found.passed + found.failed
         word = "NOT RUN" if not total else f"FAILED {found.failed}" if found.failed else f"so in {total}"
         yield f"{row.number:>3}  {row.fault:<34} {row.expected:<34} {word:<12}{found.seconds:>6.1f} s"
+        yield from (f"     {text}" for text in found.counted)
     shown = sum(1 for row in ROWS if (s := seen.get(row.number)) and s.passed and not s.failed)
     yield f"{shown} of {len(ROWS)} rows shown"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.matrix import COUNTED
 from tests.run_on_disk import ALONE, Found, Script, Unsynced, broken_promises, first_start, second_start, take_up
 from tolaria.errors import CheckpointError, WalError
 from tolaria.recovery.checkpoint import load_path
@@ -361,7 +362,9 @@ def cut_at(image: Path, nth: int, kind: type[PowerCut]) -> tuple[bool, list[str]
 
 
 @pytest.mark.timeout(300)
-def test_real_power_cuts_at_every_operation_break_no_promise(image: Path) -> None:
+def test_real_power_cuts_at_every_operation_break_no_promise(
+    image: Path, record_property: Callable[[str, object], None]
+) -> None:
     broken: list[str] = []
     nth = 0
     while True:
@@ -370,7 +373,7 @@ def test_real_power_cuts_at_every_operation_break_no_promise(image: Path) -> Non
         if not cut:
             break
         nth += 1
-    print(f"{nth} power cuts, {len(broken)} broken promises")  # noqa: T201 - to be seen with -s
+    record_property(COUNTED, f"{nth} real power cuts, {len(broken)} broken promises")
     assert broken == [] and nth > 120
 
 
@@ -417,7 +420,9 @@ def is_noticed(run: Path, damaged: Path) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_a_thousand_random_damages_are_all_noticed(tmp_path: Path) -> None:
+def test_a_thousand_random_damages_are_all_noticed(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     run = tmp_path / "run"
     first_start(run)
     second_start(Script(run, Unsynced()))
@@ -438,3 +443,4 @@ def test_a_thousand_random_damages_are_all_noticed(tmp_path: Path) -> None:
         assert is_noticed(copy, damaged), f"damage {done} of {path.name}"
         shutil.rmtree(copy)
         done += 1
+    record_property(COUNTED, f"{done} damages to {len(files)} files, all noticed")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.faults.matrix import COUNTED
 from tests.run_on_disk import Script, broken_promises, first_start, second_start, take_up
 from tests.simulated_disk import LOSSES, Operation, Recorder, copy_of, read_tree, replay, survivors, write_tree
 from tolaria.errors import CheckpointError, WalError
@@ -124,9 +125,12 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_a_power_cut_at_any_moment_breaks_no_promise(root: Path, tmp_path: Path) -> None:
+def test_a_power_cut_at_any_moment_breaks_no_promise(
+    root: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     count, recorded = enumerate_cuts(root, tmp_path / "scratch", lambda path: False, deep=True)
-    print(f"{len(recorded.operations)} operations, {count.states} states, {count.in_recovery} cuts in recovery")  # noqa: T201 - to be seen with -s
+    found = f"{count.states} states, {count.in_recovery} cuts in recovery, {len(count.violations)} violations"
+    record_property(COUNTED, f"power cuts on paper: {len(recorded.operations)} operations, {found}")
     assert len(recorded.operations) > 120 and count.states > 500 and count.in_recovery > 200
     assert count.violations == []
 
@@ -148,7 +152,10 @@ MUTANTS: dict[str, Callable[[Path], bool]] = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_sync_is_needed(root: Path, tmp_path: Path, name: str) -> None:
+def test_each_sync_is_needed(
+    root: Path, tmp_path: Path, name: str, record_property: Callable[[str, object], None]
+) -> None:
     count, recorded = enumerate_cuts(root, tmp_path / "scratch", MUTANTS[name], enough=10)
-    print(f"without the syncs of the {name}: {len(count.violations)} violations in the first {count.states} states")  # noqa: T201 - to be seen with -s
+    found = f"{len(count.violations)} violations in the first {count.states} states"
+    record_property(COUNTED, f"without the syncs of the {name}: {found}")
     assert recorded.forgotten > 0 and count.violations
