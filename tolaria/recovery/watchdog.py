@@ -28,7 +28,7 @@ from tolaria.telemetry.events import EventLog
 PERIOD_S = 0.01  # of looking for alarms
 CHECK_S = 0.05  # of looking for stuck ranks
 DUMP_WAIT_S = 0.5
-ANSWER_S = 0.06  # for a level-4 alarm, before the rank is stopped
+ANSWER_S = 0.045  # for a level-4 alarm, before the rank is stopped
 STOPPED_S = 0.25
 HALT = 4
 _WAITS_FOR_OTHERS = re.compile(r"torch/distributed/|/tolaria/(dist|fence)\.py")
