@@ -87,9 +87,11 @@ class SpikeWatch:
         the samples that it lacks had the usual loss.
         """
         usual = median(self._losses)
+        bound = self._config.spike_ratio * usual
+        if usual <= 0 or fact.loss <= bound:
+            return None
         share = fact.samples / max(step.samples for step in self._steps)
-        judged = usual + (fact.loss - usual) * share
-        if usual <= 0 or judged <= self._config.spike_ratio * usual:
+        if usual + (fact.loss - usual) * share <= bound:
             return None
         times = fact.loss / usual
         often = f"{times:.1f}" if times < 100 else f"{times:,.0f}"
