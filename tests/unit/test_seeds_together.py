@@ -53,11 +53,11 @@ def bring(rig: Rig, slot: str, stage: SeedStage, blueprint: str) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-@pytest.fixture(params=PAIRS, ids=NAMES)
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    """A rig with its two seeds in a pair of stages."""
+@pytest.fixture(params=PAIRS, ids=NAMES, scope="module")
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A rig with its two seeds in a pair of stages; a test may train it on, but moves no seed."""
     first, second = request.param
-    with Rig.build(tmp_path, config=CONFIG) as rig:
+    with Rig.build(tmp_path_factory.mktemp("pair"), config=CONFIG) as rig:
         bring(rig, "early", first, "residual_mlp")
         bring(rig, "late", second, "low_rank")
         seeds = rig.state.kasmina.seeds
@@ -137,6 +137,7 @@ def test_every_gradient_is_the_one_of_the_stages(pair: Rig) -> None:
         else:
             assert gradient is not None, name
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-8, msg=name)
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def test_only_seeds_that_learn_change_and_evidence_is_that_of_each_alone(pair: Rig) -> None:
