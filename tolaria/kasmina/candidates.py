@@ -35,6 +35,32 @@ class Candidate:
     flops: int
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a blueprint is and costs in a slot of one shape. ``flops``: see `Candidate`; the texts: see `Blueprint`."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    flops: int
+    summary: str
+    init: str
+    use: str
+
+
+def describe_blueprint(name: str, shape: Sequence[int]) -> Description:
+    """A blueprint in a slot of per-sample ``shape``: it is built once, and thrown away.
+
+    Local. Raises CommandRefused, as GERMINATE would, for an unknown name, or a shape that it does not take.
+    """
+    blueprint, shape = get_blueprint(name), tuple(shape)
+    module = newborn(name, shape, run_seed=0, device=torch.device("cpu"))
+    parameters = sum(p.numel() for p in module.parameters())
+    return Description(
+        name, shape, parameters, forward_flops(module, shape), blueprint.summary, blueprint.init, blueprint.use
+    )
+
+
 def candidates_for(
     shape: tuple[int, ...], config: KasminaConfig, room: Callable[[int], GateResult]
 ) -> list[Candidate]:  # fmt: skip
