@@ -35,10 +35,12 @@ PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
-    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
-    ``own_ms`` each rank's own milliseconds in a step. ``val_noise``: the standard error of ``val_loss``, as of a sample
-    of all data. ``signals``: what growth promises at each free slot. ``flops``: of one sample's forward pass, None if
-    unknown. ``signal_ms``: milliseconds that measuring the signals took on this rank.
+    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
+    ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
+    ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``contributions``: what seeds were
+    found to be worth at this boundary, with its standard error, by slot. ``signals``: what growth promises at each free
+    slot. ``flops``: of one sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the
+    signals took on this rank.
     """
 
     train_loss: float
@@ -47,6 +49,8 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
     own_ms: Sequence[float] = ()
     val_noise: float = math.nan
+    step_ms: float = 0.0
+    contributions: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     signals: Signals = field(default_factory=dict)
     flops: int | None = None
     signal_ms: float = 0.0
@@ -77,16 +81,18 @@ class Evaluator:
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
 
-    def measure(self, train: Meters, own_ms: float = 0.0) -> Report:
+    def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step,
+        ``step_ms``: that of the whole step.
         Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
+        local["step_ms"] = torch.tensor(step_ms)
         sums, losses = self._pass(self._plan)
         local.update({f"val/{name}": value for name, value in sums.items()})
         local["squares"] = losses.square().sum()
@@ -98,7 +104,15 @@ class Evaluator:
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
         signals = self.signal.measure()
-        return replace(report, signals=signals, signal_ms=self.signal.milliseconds, flops=self.cost.flops())
+        probed = {s.slot: s.evidence for s in self.state.kasmina.seeds.values() if s.stage in PROBED}
+        contributions = {n: (e.contribution, e.contribution_noise) for n, e in probed.items()}
+        return replace(
+            report,
+            contributions=contributions,
+            signals=signals,
+            signal_ms=self.signal.milliseconds,
+            flops=self.cost.flops(),
+        )
 
     def _pass(self, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
         """Sums of all values over this rank's samples, and the loss of each, float64."""
@@ -133,7 +147,8 @@ class Evaluator:
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise)
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise,
+                      step_ms=values["step_ms"] / self.world.world_size)  # fmt: skip
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()

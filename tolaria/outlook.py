@@ -161,4 +161,4 @@ class ForwardCost:
 
 def _costs(candidates: list[Candidate]) -> dict[str, float]:
     costs: Mapping[str, float] = {f"cost/{c.blueprint}": float(c.parameters) for c in candidates}
-    return {**costs, **{f"flops/{c.blueprint}": float(c.flops) for c in candidates}}
+    return {**costs, **{f"flops/{c.blueprint}": float(c.flops) for c in candidates if c.flops is not None}}
