@@ -18,7 +18,7 @@ from tolaria.kasmina.candidates import describe_blueprint
 from tolaria.kasmina.growth import learns
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import SeedStage
-from tolaria.measure import Report
+from tolaria.measure import Report, Worth
 from tolaria.state import TrainState
 from tolaria.telemetry.summary import SeedRecord
 
@@ -107,13 +107,15 @@ def _present(entry: SeedRecord, seed: Seed) -> SeedRecord:
 
 def _measured(entry: SeedRecord, report: Report, flops: int) -> SeedRecord:
     """The entry with what the interval before a boundary cost and its validation measured."""
-    contribution, noise = report.contributions.get(entry.slot, (math.nan, math.nan))
-    known = math.isfinite(contribution)
+    worth = report.worth.get(entry.slot, Worth(math.nan, math.nan))
+    known = math.isfinite(worth.contribution)
+    passes = [pair for pair in (entry.pass_ms, worth.pass_ms) if pair is not None]
     worked = entry.stage in {stage.name for stage in _AT_WORK} and report.step_ms > 0
     return replace(
         entry,
-        contribution=contribution if known else entry.contribution,
-        contribution_noise=(noise if math.isfinite(noise) else None) if known else entry.contribution_noise,
+        contribution=worth.contribution if known else entry.contribution,
+        contribution_noise=(worth.noise if math.isfinite(worth.noise) else None) if known else entry.contribution_noise,
+        pass_ms=[min(times) for times in zip(*passes, strict=True)] if passes else None,
         train_flops=entry.train_flops + flops,
         step_ms=report.step_ms if worked else entry.step_ms,
     )

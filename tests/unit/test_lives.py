@@ -12,7 +12,7 @@ from tolaria.coordinator.apply import Applied
 from tolaria.kasmina.candidates import describe_blueprint
 from tolaria.leyline.types import Command, SeedStage
 from tolaria.lives import SeedLives
-from tolaria.measure import TRAIN_METERS, Report
+from tolaria.measure import TRAIN_METERS, Report, Worth
 from tolaria.tamiyo import policy as do
 from tolaria.telemetry.meters import Meters
 from tolaria.telemetry.summary import SeedRecord
@@ -56,6 +56,11 @@ class Ledger:
         return [record for record in self.lives.records() if record.slot == slot]
 
 
+def told(report: Report) -> dict[str, tuple[float, float]]:
+    """Contributions with their noise."""
+    return {slot: (worth.contribution, worth.noise) for slot, worth in report.worth.items()}
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     with Rig.build(tmp_path, config=CONFIG) as rig:
@@ -76,7 +81,7 @@ def test_a_kept_seed_has_its_gain_with_noise_and_what_it_cost(ledger: Ledger) ->
     (seed,) = ledger.of("early")
     assert (seed.stage, seed.blueprint, seed.parameters, seed.alpha) == ("FOSSILIZED", "low_rank", 56, 1.0)
     assert seed.contribution is not None and seed.contribution_noise is not None and seed.contribution_noise > 0
-    assert (seed.contribution, seed.contribution_noise) == report.contributions["early"]
+    assert (seed.contribution, seed.contribution_noise) == told(report)["early"]
     evidence = ledger.rig.state.kasmina.seeds["early"].evidence
     assert (seed.contribution, seed.contribution_noise) == (evidence.contribution, evidence.contribution_noise)
     assert seed.flops == describe_blueprint("low_rank", (8,)).flops == FLOPS
@@ -84,6 +89,18 @@ def test_a_kept_seed_has_its_gain_with_noise_and_what_it_cost(ledger: Ledger) ->
     assert ledger.finished == [seed]
     ledger.boundary()
     assert len(ledger.finished) == 1  # told once
+
+
+def test_the_time_with_and_without_is_the_least_that_was_measured(ledger: Ledger) -> None:
+    ledger.grow("early", SeedStage.PROBATIONARY)
+    pairs = [ledger.boundary().worth["early"].pass_ms for _ in range(3)]
+    assert all(pair is not None and min(pair) > 0 for pair in pairs)
+    least = [min(times) for times in zip(*pairs, strict=True)]  # type: ignore[arg-type]
+    assert ledger.of("early")[0].pass_ms == least
+    ledger.boundary(do.fossilize("early"))
+    ledger.boundary()
+    assert ledger.boundary().worth == {}
+    assert ledger.of("early")[0].pass_ms is not None
 
 
 def test_the_floating_point_work_of_each_stage_is_counted(ledger: Ledger) -> None:
@@ -103,7 +120,8 @@ def test_a_culled_seed_stays_in_the_ledger_beside_the_next_one(ledger: Ledger) -
     (first,) = ledger.of("early")
     assert (first.stage, first.ended_in, first.ended_step) == ("CULLED", "SHADOWING", ledger.rig.state.step - 4)
     # Measured at the very boundary at which it was culled.
-    assert (first.contribution, first.contribution_noise) == report.contributions["early"]
+    assert (first.contribution, first.contribution_noise) == told(report)["early"]
+    assert first.pass_ms is None  # never at work
     assert ledger.finished == [first]
     for _ in range(3):
         ledger.boundary()
@@ -121,9 +139,9 @@ def test_two_seeds_have_entries_of_their_own(ledger: Ledger) -> None:
     ledger.grow("early", SeedStage.PROBATIONARY)
     ledger.grow("late", SeedStage.SHADOWING)
     report = ledger.boundary()
-    assert set(report.contributions) == {"early", "late"}
+    assert set(report.worth) == {"early", "late"}
     gains = {r.slot: (r.contribution, r.contribution_noise) for r in ledger.lives.records()}
-    assert gains == report.contributions
+    assert gains == told(report)
 
 
 def test_a_saved_ledger_goes_on_as_it_would_have(ledger: Ledger) -> None:
@@ -154,7 +172,7 @@ def test_an_interval_without_steps_and_a_loss_that_is_no_number_are_no_measure(l
     ledger.grow("early", SeedStage.PROBATIONARY)
     report = ledger.boundary(step_ms=4.0)
     (known,) = ledger.of("early")
-    bad = replace(report, step_ms=0.0, contributions={"early": (float("nan"), float("nan"))})
+    bad = replace(report, step_ms=0.0, worth={"early": Worth(float("nan"), float("nan"))})
     ledger.lives.boundary(bad)
     (after,) = ledger.of("early")
     assert (after.contribution, after.contribution_noise) == (known.contribution, known.contribution_noise)

@@ -112,7 +112,8 @@ def g4_system_impact(evidence: Evidence, config: KasminaConfig) -> GateResult:
     if not math.isfinite(gain):
         return GateResult(gate, False, "contribution not measured yet")
     losses = f"validation loss {evidence.loss_without:.4g} without, {evidence.loss_with:.4g} with the seed"
-    return GateResult(gate, gain >= config.min_contribution, f"contribution {gain:+.4g} ({losses})")
+    noise = f" +- {evidence.contribution_noise:.2g}" if math.isfinite(evidence.contribution_noise) else ""
+    return GateResult(gate, gain >= config.min_contribution, f"contribution {gain:+.4g}{noise} ({losses})")
 
 
 def g5_reset(left_overs: Sequence[str]) -> GateResult:

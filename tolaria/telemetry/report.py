@@ -61,8 +61,8 @@ def seed_lines(seed: SeedRecord) -> Iterator[tuple[str, str]]:
     costs = []
     if seed.flops is not None:
         costs.append(f"{large(seed.flops)} FLOPs a sample, {large(seed.train_flops)} spent")
-    if seed.step_ms is not None and seed.step_ms_before is not None:
-        costs.append(f"step {seed.step_ms_before:.3g} -> {seed.step_ms:.3g} ms")
+    if seed.pass_ms is not None:
+        costs.append("validation {1:.3g} ms, {0:.3g} with it".format(*seed.pass_ms))
     if costs:
         yield "  cost", "; ".join(costs)
 
