@@ -8,7 +8,7 @@ Both run eager beside training and leave no trace in parameters, gradients, buff
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from time import perf_counter
 
@@ -73,9 +73,9 @@ class GrowthSignal:
         free = [s for s in kasmina.seeds.values() if s.stage == SeedStage.DORMANT]
         if free and config.measure_signal and self._asked and not self.state.mode.conservative:
             found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, kasmina.room))}
-            passed = self._passed(found)
-            for slot, taken in passed.items():
-                metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], taken)}
+            with no_trace(self.state, self.world.device):
+                for slot, passed in self._passed(found).items():
+                    metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], passed)}
         self.milliseconds = (perf_counter() - start) * 1e3
         return metrics
 
@@ -97,13 +97,8 @@ class GrowthSignal:
         passed: dict[str, Passed] = {}
         digest, reason = bytes(32), "another rank failed, or has other blueprints"
         try:
-            with no_trace(self.state, self.world.device), users_code("measuring what seeds would get"):
-                batch = self.batch()
-                with tapped(self.state.kasmina.slots, found) as taps:
-                    with self.replica.autocast():
-                        # forward by itself is eager: the taps would be compiled for one pass.
-                        loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
-                    passed = passed_through(loss * self.state.scaler.get_scale(), taps)
+            with users_code("measuring what seeds would get"):
+                passed = self._pass(found) if found else {}
             digest = hashlib.sha256(repr(found).encode()).digest()
         except TaskError as error:
             reason = str(error)
@@ -112,6 +107,14 @@ class GrowthSignal:
             return passed
         self.replica.events.emit("signal_failed", "warning", reason=reason)
         return {}
+
+    def _pass(self, slots: Iterable[str]) -> dict[str, Passed]:
+        batch = self.batch()
+        with tapped(self.state.kasmina.slots, slots) as taps:
+            with self.replica.autocast():
+                # forward by itself is eager: the taps would be compiled for one pass.
+                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
+            return passed_through(loss * self.state.scaler.get_scale(), taps)
 
     def _signals(self, slot: str, candidates: list[Candidate], passed: Passed) -> dict[str, float]:
         """The size of each candidate's gradient over the whole batch of all ranks."""
@@ -131,7 +134,7 @@ class GrowthSignal:
     def _gradient(self, candidate: Candidate, shape: tuple[int, ...], passed: Passed) -> Tensor:
         """This rank's gradient; NaN where the blueprint fails on this rank, which leaves it out on all."""
         device, name = self.world.device, candidate.blueprint
-        with suppress(TaskError), no_trace(self.state, device), users_code(f"blueprint {name!r}"):
+        with suppress(TaskError), users_code(f"blueprint {name!r}"):
             seed = newborn(name, shape, run_seed=self.state.sampler.seed, device=device)
             return birth_gradient(seed, passed, self.replica.autocast)
         return torch.full((candidate.parameters,), math.nan, device=device)
