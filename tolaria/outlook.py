@@ -19,7 +19,7 @@ from torch import Tensor
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError
-from tolaria.kasmina.candidates import Candidate, Passed, birth_gradient, candidates_for, newborn
+from tolaria.kasmina.candidates import Candidate, Passed, birth_gradient, candidates_for, chosen_names, newborn
 from tolaria.kasmina.flops import count_flops
 from tolaria.kasmina.tap import passed_through, tapped
 from tolaria.leyline.types import SeedStage
@@ -49,7 +49,10 @@ def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
 
 
 class GrowthSignal:
-    """Measures the free slots at a boundary. Collective: all ranks call `measure` together."""
+    """Measures the free slots at a boundary. Collective: all ranks call `measure` together.
+
+    Raises ConfigError when ``kasmina.candidates`` names what is no blueprint.
+    """
 
     def __init__(self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World) -> None:
         self.task = task
@@ -57,6 +60,7 @@ class GrowthSignal:
         self.replica = replica
         self.loader = loader
         self.world = world
+        chosen_names(replica.config.kasmina)  # a wrong name is told before training starts
         tamiyo = replica.config.tamiyo
         self._asked = bool(tamiyo.endpoint) or tamiyo.policy != NO_POLICY
         self.milliseconds = 0.0

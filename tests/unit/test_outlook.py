@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tests.rig import Rig, make_task, same_bits, tiny_config
 from tolaria.config import Config, PrecisionConfig
+from tolaria.errors import ConfigError
 from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.candidates import newborn
@@ -241,3 +242,12 @@ def test_the_forward_cost_is_that_of_host_and_acting_seeds(rig: Rig) -> None:
     with Rig.build(rig.events_path.parent) as other:
         other.grow("early", SeedStage.BLENDING)
         assert other.evaluator.cost.flops() == host + 2 * (8 * 2 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "told"),
+    [("low_rank,nonsense", "unknown nonsense; known are bottleneck_attention"), ("low_rank," * 9, "9 names")],
+)
+def test_wrong_candidates_are_told_before_training_starts(tmp_path: Path, candidates: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"kasmina\.candidates='low_rank,.*{told}.*at most 8"):
+        Rig.build(tmp_path, config=tiny_config(candidates=candidates))

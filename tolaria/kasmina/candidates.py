@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
-from tolaria.errors import CommandRefused, TaskError
+from tolaria.errors import CommandRefused, ConfigError, TaskError
 from tolaria.kasmina.blueprints import Blueprint, blueprint_names, get_blueprint
 from tolaria.kasmina.flops import count_flops
 from tolaria.kasmina.gates import GateResult
@@ -62,14 +62,25 @@ def describe_blueprint(name: str, shape: Sequence[int]) -> Description:
     )
 
 
+def chosen_names(config: KasminaConfig) -> tuple[str, ...]:
+    """The blueprints to be measured: those of ``kasmina.candidates``, else all. Raises ConfigError for unknown ones,
+    and for more than can be told."""
+    chosen = tuple(name.strip() for name in config.candidates.split(",") if name.strip())
+    known = blueprint_names()
+    unknown = sorted(set(chosen) - set(known))
+    if unknown or len(chosen) > MAX_CANDIDATES:
+        wrong = f"unknown {', '.join(unknown)}; known are {', '.join(known)}" if unknown else f"{len(chosen)} names"
+        raise ConfigError(f"kasmina.candidates={config.candidates!r}: {wrong}; expected at most {MAX_CANDIDATES} known")
+    return chosen or known
+
+
 def candidates_for(
     shape: tuple[int, ...], config: KasminaConfig, room: Callable[[int], GateResult]
 ) -> list[Candidate]:  # fmt: skip
     """The blueprints that GERMINATE would accept at a slot of this per-sample shape; by name, the first
     `MAX_CANDIDATES`. ``room``: the word of gate G0 on so many parameters. What cannot be built is left out."""
-    chosen = [name.strip() for name in config.candidates.split(",") if name.strip()] or blueprint_names()
     found = []
-    for name in chosen:
+    for name in chosen_names(config):
         blueprint = get_blueprint(name)
         if len(shape) not in blueprint.ranks:
             continue
