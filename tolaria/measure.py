@@ -1,12 +1,14 @@
 """What a boundary knows: the state of the run since the last one and its validation, over all ranks.
 
 Validation runs eager in evaluation mode, each rank on its share. Seeds that are SHADOWING or PROBATIONARY cost a
-second pass each, without or with the seed. Everything travels in one packed float64 sum.
+second pass each, without or with the seed; the difference is taken sample by sample, so that its standard error does
+not contain what is common to both passes. Everything travels in one packed float64 sum.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from tolaria.dist import World
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Gauge
 from tolaria.leyline.types import SeedStage
-from tolaria.objective import weighted_sums
+from tolaria.objective import weighted_values
+from tolaria.outlook import ForwardCost, GrowthSignal, Signals
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
@@ -30,11 +33,28 @@ PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 
 
 @dataclass(frozen=True)
+class Worth:
+    """What one seed was found to be worth. ``noise``: the standard error of ``contribution``; NaN is unknown.
+
+    ``pass_ms``: milliseconds of a rank's validation with the seed and, right after it, without; the mean over ranks,
+    data included. None while the seed is only probed.
+    """
+
+    contribution: float
+    noise: float
+    pass_ms: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
-    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
-    ``own_ms`` each rank's own milliseconds in a step.
+    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
+    ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
+    ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``worth``: what seeds were
+    found to be worth at this boundary, by slot. ``signals``: what growth promises at each free
+    slot. ``flops``: of one sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the
+    signals took on this rank.
     """
 
     train_loss: float
@@ -42,6 +62,21 @@ class Report:
     val_accuracy: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     own_ms: Sequence[float] = ()
+    val_noise: float = math.nan
+    step_ms: float = 0.0
+    worth: Mapping[str, Worth] = field(default_factory=dict)
+    signals: Signals = field(default_factory=dict)
+    flops: int | None = None
+    signal_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Sums of all values over this rank's samples, the loss of each of them (float64), and the time it took."""
+
+    sums: dict[str, Tensor]
+    losses: Tensor
+    milliseconds: float
 
 
 class Evaluator:
@@ -56,6 +91,8 @@ class Evaluator:
         self.loader = loader
         self.world = world
         self.size = dataset_size(task.validation, "validation")
+        self.signal = GrowthSignal(task, state, replica, loader, world)
+        self.cost = ForwardCost(task, state, loader)
         self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
 
     def rehearse(self) -> None:
@@ -67,43 +104,54 @@ class Evaluator:
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
 
-    def measure(self, train: Meters, own_ms: float = 0.0) -> Report:
+    def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step,
+        ``step_ms``: that of the whole step.
         Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
-        local.update({f"val/{name}": value for name, value in self._pass(self._plan).items()})
+        local["step_ms"] = torch.tensor(step_ms)
+        whole = self._pass(self._plan)
+        local.update({f"val/{name}": value for name, value in whole.sums.items()})
+        local |= {"squares": whole.losses.square().sum(), "pass_ms": torch.tensor(whole.milliseconds)}
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
-                local.update(self._probe(seed))
+                local.update(self._probe(seed, whole.losses))
         packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
         values = dict(zip(local, packed.tolist(), strict=True))
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
-        return report
+        report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
+        return replace(report, signal_ms=self.signal.milliseconds)
 
-    def _pass(self, plan: Plan) -> dict[str, Tensor]:
-        objective = self.state.objective
+    def _pass(self, plan: Plan) -> _Pass:
+        start, objective = perf_counter(), self.state.objective
         totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         with evaluating(objective):
             for batch in self.loader.batches(self.task.validation, plan):
                 with self.replica.autocast():
                     # Not through the objective: validation is eager, its shapes and modes would each be compiled.
                     outputs = objective.model(batch.inputs)
-                for name, value in weighted_sums(self.task, outputs, batch).items():
-                    totals[name] = totals[name] + value if name in totals else value
-        return totals
+                values = weighted_values(self.task, outputs, batch)
+                losses.append(values["loss"])
+                for name, value in values.items():
+                    totals[name] = totals[name] + value.sum() if name in totals else value.sum()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # the time is that of the device
+        return _Pass(totals, torch.cat(losses), (perf_counter() - start) * 1e3)
 
-    def _probe(self, seed: Seed) -> dict[str, Tensor]:
+    def _probe(self, seed: Seed, losses: Tensor) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
-            loss = self._pass(self._plan)["loss"]
+            probed = self._pass(self._plan)
         key = f"probe/{seed.slot}"
-        found = {f"{key}/loss": loss}
+        found = {f"{key}/loss": probed.sums["loss"], f"{key}/squares": (probed.losses - losses).square().sum()}
+        found[f"{key}/pass_ms"] = torch.tensor(probed.milliseconds)
         if isinstance(gauge, Gauge):
             names = (f"{key}/host_squares", f"{key}/seed_squares", f"{key}/non_finite")
             found.update(dict(zip(names, gauge.totals, strict=True)))
@@ -112,10 +160,24 @@ class Evaluator:
 
     def _report(self, values: Mapping[str, float]) -> Report:
         steps = values["train/steps"]
+        noise = standard_error(values["val/loss"], values["squares"], self.size)
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms)
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise,
+                      step_ms=values["step_ms"] / self.world.world_size)  # fmt: skip
+
+    def _worth(self, values: Mapping[str, float]) -> dict[str, Worth]:
+        found = {}
+        for seed in self.state.kasmina.seeds.values():
+            if seed.stage in PROBED:
+                # A seed that is probed is measured at it, and that takes time of its own.
+                probation = seed.stage == SeedStage.PROBATIONARY
+                ranks = self.world.world_size
+                times = values["pass_ms"] / ranks, values[f"probe/{seed.slot}/pass_ms"] / ranks
+                own = times if probation else None
+                found[seed.slot] = Worth(seed.evidence.contribution, seed.evidence.contribution_noise, own)
+        return found
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()
@@ -128,6 +190,8 @@ class Evaluator:
             if f"{key}/loss" not in values:
                 continue
             probed = values[f"{key}/loss"] / self.size
+            difference = values[f"{key}/loss"] - values["val/loss"]
+            evidence.contribution_noise = standard_error(difference, values[f"{key}/squares"], self.size)
             if seed.stage == SeedStage.PROBATIONARY:
                 evidence.loss_with, evidence.loss_without = val_loss, probed
                 continue
@@ -136,3 +200,11 @@ class Evaluator:
             evidence.output_ratio = math.sqrt(grown / host) if host > 0 else math.nan
             evidence.non_finite_outputs = int(values[f"{key}/non_finite"])
             evidence.shape_mismatch = "differs from the host's" if values[f"{key}/mismatch"] else ""
+
+
+def standard_error(total: float, squares: float, count: int) -> float:
+    """Standard error of a mean, from the sum of ``count`` values and of their squares; NaN for one value alone."""
+    if count < 2 or not math.isfinite(squares):
+        return math.nan
+    # Rounding may bring a spread of nothing below zero.
+    return math.sqrt(max(0.0, squares - total * total / count) / (count - 1) / count)
