@@ -24,6 +24,8 @@ order of the file:
     start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
+    change_optimizer
+                    optimizer (its name), lr, momentum, weight_decay (one of the three at least)
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
@@ -43,12 +45,13 @@ from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
 _NUMBER = (int, float)
 _ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
-_OPTIONAL = frozenset({"reason", "blend_steps", "step"})
+_OPTIONAL = frozenset({"reason", "blend_steps", "step", "lr", "momentum", "weight_decay"})
 _KEYS: dict[str, dict[str, Any]] = {
     **{op.name.lower(): {"slot": str} for op in SeedOp},
     "germinate": {"slot": str, "blueprint": str},
     "start_grafting": {"slot": str, "blend_steps": int},
     "scale_lr": {"group": str, "factor": _NUMBER},
+    "change_optimizer": {"optimizer": str, "lr": _NUMBER, "momentum": _NUMBER, "weight_decay": _NUMBER},
     "rollback": {"step": int},
     "conservative": {"on": bool},
     "pause": {},
@@ -138,6 +141,9 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
     match op:
         case "scale_lr":
             return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "change_optimizer":
+            settings = {key: entry.get(key) for key in ("lr", "momentum", "weight_decay")}
+            return do.change_optimizer(entry["optimizer"], **settings, reason=reason)
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
         case "conservative":
