@@ -139,11 +139,8 @@ def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
     reason = entry.get("reason", "script")
     match op:
-        case "scale_lr":
-            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
-        case "change_optimizer":
-            settings = {key: entry.get(key) for key in ("lr", "momentum", "weight_decay")}
-            return do.change_optimizer(entry["optimizer"], **settings, reason=reason)
+        case "scale_lr" | "change_optimizer":
+            return _optimizer_command(op, entry, reason)
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
         case "conservative":
@@ -156,6 +153,13 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
             return do.seed_command(
                 SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""), reason=reason
             )
+
+
+def _optimizer_command(op: str, entry: Mapping[str, Any], reason: str) -> Command:
+    if op == "scale_lr":
+        return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+    settings = {key: float(entry[key]) for key in ("lr", "momentum", "weight_decay") if key in entry}
+    return do.change_optimizer(entry["optimizer"], **settings, reason=reason)
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
