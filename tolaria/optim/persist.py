@@ -91,6 +91,8 @@ def same_form(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def copy_tensors(source: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     """Overwrite every live tensor by the source's of that name, in place."""
+    if not source:
+        return
     with torch.no_grad():
         torch._foreach_copy_([live[name] for name in source], list(source.values()))
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import SGD, Muon, Optimizer
 
 from tolaria.config import OptimConfig
 from tolaria.errors import ConfigError, TaskError
@@ -75,7 +75,7 @@ def build_optimizer(cfg: OptimConfig, groups: Groups, device: torch.device) -> O
     cls = optimizer_class(cfg.name)
     arguments = keywords(cls, cfg)
     parameters = [parameter for members in groups.values() for parameter in members.values()]
-    if cls in FUSED and device.type in _FUSED_DEVICES and all(_is_fusable(parameter) for parameter in parameters):
+    if cls in FUSED and device.type in _FUSED_DEVICES and all(_is_fusable(cls, p) for p in parameters):
         arguments["fused"] = True
     elif cfg.name in BUILT_IN and cls is not Muon:
         arguments["foreach"] = True
@@ -125,14 +125,28 @@ def regroup(
     old_options = {group_name(group): options_of(group) for group in optimizer.param_groups}
     fresh = {**optimizer.defaults, **(defaults or {})}
     entries = [_entry(name, members, old_options.get(name, fresh)) for name, members in groups.items()]
-    _check_fusable(entries)
+    _check_fusable(type(optimizer), entries)
     _check_dropped(optimizer, groups, frozenset(dropped))
     states = _matched_states(optimizer, entries, fill or {})
     new = blank_like(optimizer, entries)
     carry_hooks(optimizer, new)
     for parameter, state in states:
         new.state[parameter] = state
+    if isinstance(new, SGD):
+        _complete_momentum(new)
     return new
+
+
+def _complete_momentum(optimizer: SGD) -> None:
+    """Momentum of zero, which is what it begins with, for those that have none in a group where others have it.
+
+    Fused SGD takes all of a group's or none.
+    """
+    for group in optimizer.param_groups:
+        without = [p for p in group["params"] if state_of(optimizer, p).get("momentum_buffer") is None]
+        if len(without) < len(group["params"]):
+            for parameter in without:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def carry_hooks(old: Optimizer, new: Optimizer) -> None:
@@ -220,14 +234,16 @@ def _entry(name: str, members: Mapping[str, nn.Parameter], options: Mapping[str,
     return {**options, "name": name, "param_names": list(members), "params": list(members.values())}
 
 
-def _is_fusable(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES
+def _is_fusable(cls: type[Optimizer], parameter: Tensor) -> bool:
+    # On the CPU torch's fused SGD with momentum gives other numbers each time for bfloat16 and float16 (torch 2.13).
+    broken = cls is SGD and parameter.device.type == "cpu" and parameter.element_size() < 4
+    return parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES and not broken
 
 
-def _check_fusable(entries: list[dict[str, Any]]) -> None:
+def _check_fusable(cls: type[Optimizer], entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
-            if entry.get("fused") and not _is_fusable(parameter):
+            if entry.get("fused") and not _is_fusable(cls, parameter):
                 raise OptimizerStateError(
                     f"parameter {name!r} ({parameter.dtype}, {parameter.device}) does not fit this fused optimizer"
                 )
