@@ -179,16 +179,25 @@ def test_the_old_block_of_a_grown_parameter_goes_on_as_if_it_had_not_grown(
     with torch.no_grad():
         large["host"]["w"][block] = small["host"]["w"]
     grown = regroup(optimizer, large)
+    assert differing(_of_block(grown, block), of_group(held(as_it_was), ["w"])) == []
     for step in range(3, 6):
         train(as_it_was, control, [step])
         wide = torch.zeros_like(large["host"]["w"])
         wide[block] = gradient("w", step, shape, dtype)
         large["host"]["w"].grad = wide
         grown.step()
-    expected, now = of_group(held(as_it_was), ["w"]), of_group(held(grown), ["w"])
-    for key, value in now.items():
-        now[key] = value[block].contiguous() if getattr(value, "ndim", 0) else value
-    assert differing(expected, now) == []
+    expected, now = of_group(held(as_it_was), ["w"]), _of_block(grown, block)
+    tensors = {key for key, value in now.items() if isinstance(value, torch.Tensor)}
+    # Elements stand at other places of the vector registers, where kernels round otherwise.
+    close = 16 * torch.finfo(dtype).eps
+    for key in tensors:
+        torch.testing.assert_close(now[key], expected[key], rtol=close, atol=close)
+    assert {key: now[key] for key in now.keys() - tensors} == {key: expected[key] for key in expected.keys() - tensors}
+
+
+def _of_block(optimizer: Optimizer, block: tuple[slice, ...]) -> dict[str, Any]:
+    found = of_group(held(optimizer), ["w"])
+    return {k: v[block].contiguous() if getattr(v, "ndim", 0) else v for k, v in found.items()}
 
 
 def test_the_new_part_of_a_grown_state_is_what_the_optimizer_begins_with_unless_told() -> None:

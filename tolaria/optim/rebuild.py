@@ -17,6 +17,7 @@ from tolaria.config import OptimConfig
 from tolaria.errors import ConfigError, TaskError
 from tolaria.optim.classes import BUILT_IN, FUSED, keywords, optimizer_class
 from tolaria.optim.groups import (
+    MACHINE_KEYS,
     OptimizerStateError,
     blank_like,
     group_name,
@@ -75,13 +76,15 @@ def build_optimizer(cfg: OptimConfig, groups: Groups, device: torch.device) -> O
     cls = optimizer_class(cfg.name)
     arguments = keywords(cls, cfg)
     parameters = [parameter for members in groups.values() for parameter in members.values()]
-    if cls in FUSED and device.type in _FUSED_DEVICES and all(_is_fusable(cls, p) for p in parameters):
+    if cls in FUSED and device.type in _FUSED_DEVICES and all(map(_is_fusable, parameters)):
         arguments["fused"] = True
     elif cfg.name in BUILT_IN and cls is not Muon:
         arguments["foreach"] = True
     if cls is Muon:
         _check_matrices(groups)
-    entries = [_entry(name, members, {}) for name, members in groups.items()]
+    how = {key: arguments[key] for key in MACHINE_KEYS & arguments.keys()}
+    entries = [_entry(name, members, how) for name, members in groups.items()]
+    _settle_fused(cls, entries)
     with nullcontext() if cfg.name in BUILT_IN else users_code(f"optim.name={cfg.name!r}: building it"):
         optimizer = cls(entries, **arguments)
     if [group.get("name") for group in optimizer.param_groups if "lr" in group] != list(groups):
@@ -125,7 +128,7 @@ def regroup(
     old_options = {group_name(group): options_of(group) for group in optimizer.param_groups}
     fresh = {**optimizer.defaults, **(defaults or {})}
     entries = [_entry(name, members, old_options.get(name, fresh)) for name, members in groups.items()]
-    _check_fusable(type(optimizer), entries)
+    _settle_fused(type(optimizer), entries)
     _check_dropped(optimizer, groups, frozenset(dropped))
     states = _matched_states(optimizer, entries, fill or {})
     new = blank_like(optimizer, entries)
@@ -234,16 +237,21 @@ def _entry(name: str, members: Mapping[str, nn.Parameter], options: Mapping[str,
     return {**options, "name": name, "param_names": list(members), "params": list(members.values())}
 
 
-def _is_fusable(cls: type[Optimizer], parameter: Tensor) -> bool:
+def _is_fusable(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES
+
+
+def _is_miscomputed(cls: type[Optimizer], parameter: Tensor) -> bool:
     # On the CPU torch's fused SGD with momentum gives other numbers each time for bfloat16 and float16 (torch 2.13).
-    broken = cls is SGD and parameter.device.type == "cpu" and parameter.element_size() < 4
-    return parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES and not broken
+    return cls is SGD and parameter.device.type == "cpu" and parameter.element_size() < 4
 
 
-def _check_fusable(cls: type[Optimizer], entries: list[dict[str, Any]]) -> None:
+def _settle_fused(cls: type[Optimizer], entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
-            if entry.get("fused") and not _is_fusable(cls, parameter):
+            if entry.get("fused") and not _is_fusable(parameter):
                 raise OptimizerStateError(
                     f"parameter {name!r} ({parameter.dtype}, {parameter.device}) does not fit this fused optimizer"
                 )
+        if entry.get("fused") and any(_is_miscomputed(cls, parameter) for parameter in entry["params"]):
+            entry.update(fused=False, foreach=True)
