@@ -18,13 +18,14 @@ from tolaria.errors import ConfigError, TaskError
 from tolaria.optim.classes import BUILT_IN, FUSED, keywords, optimizer_class
 from tolaria.optim.groups import (
     MACHINE_KEYS,
+    FirstStates,
     OptimizerStateError,
     blank_like,
     group_name,
     listed,
     named_parameters,
     options_of,
-    state_it_would_make,
+    over,
     state_of,
 )
 from tolaria.optim.persist import (
@@ -130,11 +131,9 @@ def regroup(
     entries = [_entry(name, members, old_options.get(name, fresh)) for name, members in groups.items()]
     _settle_fused(type(optimizer), entries)
     _check_dropped(optimizer, groups, frozenset(dropped))
-    states = _matched_states(optimizer, entries, fill or {})
-    new = blank_like(optimizer, entries)
-    carry_hooks(optimizer, new)
-    for parameter, state in states:
-        new.state[parameter] = state
+    states = [*_begun_states(optimizer, entries), *_matched_states(optimizer, entries, fill or {})]
+    new = over(optimizer, entries)
+    new.state.update(states)
     if isinstance(new, SGD):
         _complete_momentum(new)
     return new
@@ -174,16 +173,28 @@ def _check_dropped(optimizer: Optimizer, groups: Groups, dropped: frozenset[str]
         raise OptimizerStateError(f"optimizer state would be lost (list it in 'dropped' if meant): {listed(lost)}")
 
 
+def _begun_states(optimizer: Optimizer, entries: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What the class itself makes of parameters that it has not seen: Adagrad makes state, Muon refuses some."""
+    known = named_parameters(optimizer).keys()
+    joining = []
+    for entry in entries:
+        members = zip(entry["param_names"], entry["params"], strict=True)
+        if joins := {name: parameter for name, parameter in members if name not in known}:
+            joining.append(_entry(entry["name"], joins, options_of(entry)))
+    return list(blank_like(optimizer, joining).state.items()) if joining else []
+
+
 def _matched_states(
     optimizer: Optimizer, entries: list[dict[str, Any]], fill: Mapping[str, float]
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     old = {name: (p, state_of(optimizer, p)) for name, p in named_parameters(optimizer).items()}
-    matched = []
+    matched, first = [], FirstStates(optimizer)
     for entry in entries:
         for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
             before, state = old.get(name, (parameter, {}))
             if state:
-                begin = {} if before.shape == parameter.shape else state_it_would_make(optimizer, entry, parameter)
+                same = before.shape == parameter.shape
+                begin = {} if same else first.of(entry, parameter, state.keys())
                 carried = {
                     key: _carried(f"{name}/{key}", value, before, parameter, fill.get(key, begin.get(key, 0.0)))
                     for key, value in state.items()
@@ -193,7 +204,7 @@ def _matched_states(
 
 
 def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
-    """State ``value`` of the parameter ``old`` as state of ``new``; ``fill``: a number or a tensor of its shape."""
+    """State ``value`` of the parameter ``old`` as state of ``new``; ``fill``: a number, or ``new``'s first state."""
     if value is None or isinstance(value, Scalar):
         return value
     if not isinstance(value, Tensor):
@@ -213,8 +224,10 @@ def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
             f"state {what} of shape {tuple(value.shape)} can not follow its parameter from {tuple(old.shape)} "
             f"to {tuple(new.shape)}: only growth along existing dimensions can be matched"
         )
-    grown = torch.empty_like(new, dtype=value.dtype, device=value.device, requires_grad=False)
-    grown.copy_(torch.as_tensor(fill))
+    if isinstance(fill, Tensor) and (fill.shape, fill.dtype) == (new.shape, value.dtype):
+        grown = fill
+    else:
+        grown = torch.full_like(new, float(fill), dtype=value.dtype, device=value.device, requires_grad=False)
     grown[tuple(slice(size) for size in value.shape)] = value
     return grown
 
