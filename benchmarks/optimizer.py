@@ -3,7 +3,7 @@
     rates           LRController.apply: the rates of all groups, each checked against what was left there
     add             regroup with one group of 33,000 parameters more, and with it gone again ("remove")
     rebuild         regroup of all groups in another order: nothing is copied
-    grow            every matrix gets one more row: all state is copied; "memcpy" is the same bytes alone
+    grow            every matrix gets one more row: all state is copied to new memory; "copy" is that alone
     to sgd, nadam   another optimizer class: state begins anew, or is carried
 
 Optimizers hold state of steps that were taken. One process, one thread, times in milliseconds; p99 is the largest of
@@ -89,12 +89,11 @@ def _surgery(name: str, parameters: float, count: int, repeats: int) -> None:
         g: {n: nn.Parameter(torch.zeros(p.shape[0] + 1, p.shape[1])) for n, p in m.items()} for g, m in groups.items()
     }
     state = list(state_tensors(optimizer).values())
-    copies = [tensor.clone() for tensor in state]
     sides: dict[str, Callable[[], object]] = {
         "add": lambda: regroup(optimizer, more),
         "remove": lambda: regroup(enlarged, groups, dropped=more["seed/more"]),
         "rebuild": lambda: regroup(optimizer, dict(reversed(groups.items()))),
-        "memcpy": lambda: torch._foreach_copy_(copies, state),
+        "copy": lambda: [tensor.clone() for tensor in state],
         "grow": lambda: regroup(optimizer, rows),
         "to sgd": lambda: change_class(optimizer, OptimConfig(name="sgd")),
         "to nadam": lambda: change_class(optimizer, OptimConfig(name="nadam")),
@@ -107,7 +106,7 @@ def _surgery(name: str, parameters: float, count: int, repeats: int) -> None:
     size = sum(tensor.nbytes for tensor in state) / 1e6
     _say(f"\n{name}, {parameters / 1e6:g} M parameters in {count} groups, {size:.0f} MB of state")
     for side, values in times.items():
-        budget = f"100+{medians['memcpy']:.0f}" if side == "grow" else _budget(side, count)
+        budget = f"100+{medians['copy']:.0f}" if side == "grow" else _budget(side, count)
         _say_row(f"  {side}", *_summary(values), budget=budget)
 
 

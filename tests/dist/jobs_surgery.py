@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from tests.dist.jobs_growth import digests, joined
+from tests.optimizers import failing_at
 from tests.rig import CLASSES, FEATURES, WIDTH, Rig, make_task, same_bits, tiny_config
 from tolaria.config import OptimConfig
+from tolaria.coordinator import apply
 from tolaria.kasmina.slot import Slot
 from tolaria.leyline.types import Command, SeedStage
 from tolaria.optim.persist import state_scalars, state_tensors
@@ -146,3 +149,33 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return same_bits(one, other)
     return type(one) is type(other) and bool(one == other)
+
+
+def fault_on_one_rank(ats: list[int]) -> list[dict[str, Any]]:
+    """A change of class, a cull and a growth in one decision; on the last rank an operation on a tensor fails."""
+    told = []
+    with joined(replace(tiny_config(), optim=OptimConfig(lr=0.01)), make=four_slots) as rig:
+        rig.grow("a", SeedStage.BLENDING)
+        rig.boundary()
+        failing = rig.world.global_rank == rig.world.world_size - 1
+        change = apply._change
+        for at in ats:
+            before = digests(rig)
+
+            def broken(*arguments: Any, at: int = at, **keywords: Any) -> None:
+                with failing_at(at):
+                    change(*arguments, **keywords)
+
+            with patch.object(apply, "_change", broken if failing else change):
+                outcomes = rig.apply(*_decision()).outcomes
+            codes = sorted({outcome.code for outcome in outcomes})
+            told.append({"codes": codes, "same": digests(rig) == before, "ranks": len(set(before))})
+        outcomes = rig.apply(*_decision()).outcomes
+        rig.train(3)
+        codes = sorted({outcome.code for outcome in outcomes})
+        told.append({"codes": codes, "same": rig.state.optim.name == "nadam", "ranks": len(set(digests(rig)))})
+    return told
+
+
+def _decision() -> tuple[Command, ...]:
+    return do.cull("a"), do.germinate("b", "low_rank"), do.change_optimizer("nadam", lr=0.1)

@@ -1,4 +1,4 @@
-"""Momentum by name on real ranks: 50 random operations, steps between them, a save and a load in the middle."""
+"""Surgery on real ranks: 50 random operations with a save and a load among them; a fault on one rank."""
 
 import pytest
 
@@ -22,3 +22,10 @@ def test_state_keeps_every_bit_through_fifty_operations_and_a_load_among_them(
     assert first["touched"] == []
     assert first["unequal_ranks"] == []
     assert first["unequal_runs"] == []
+
+
+def test_a_fault_on_one_rank_takes_the_whole_decision_back_on_all(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run("tests.dist.jobs_surgery:fault_on_one_rank", ats=[0, 1, 5, 10, 20])
+    assert first == second
+    assert first[:-1] == [{"codes": ["apply_failed"], "same": True, "ranks": 1}] * 5
+    assert first[-1] == {"codes": ["applied"], "same": True, "ranks": 1}
