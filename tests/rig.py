@@ -38,8 +38,9 @@ from tolaria.objective import Batch
 from tolaria.optim.persist import state_tensors
 from tolaria.replica import Replica
 from tolaria.setup import build_state
-from tolaria.state import TrainState, seed_rank
+from tolaria.state import TrainState
 from tolaria.step import StepResult, TrainStep
+from tolaria.streams import seed_rank
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.task import Task, load_task

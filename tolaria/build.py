@@ -39,8 +39,9 @@ from tolaria.rollback import Rollback
 from tolaria.rundir import RunDir, open_run
 from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
-from tolaria.state import TrainState, load_rng_tensors, rng_tensors, seed_rank
+from tolaria.state import TrainState
 from tolaria.step import TrainStep
+from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo.client import open_client
 from tolaria.tamiyo.embedded import EmbeddedPolicy
 from tolaria.task import Task, load_task

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from tolaria.coordinator.decision import next_mode, refusal
+from tolaria.coordinator.optimizer_class import change_class, check_class, check_seed, names_class
 from tolaria.dist import Peers
 from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
 from tolaria.kasmina.host import PlannedMove
@@ -137,7 +138,9 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
             _check_command(command, state, touched)
             if command.command_type == CommandType.SEED:
                 planned = sum(p.numel() for m in moves if m.module is not None for p in m.module.parameters())
-                moves.append(state.kasmina.plan(command, already_planned=planned))
+                move = state.kasmina.plan(command, already_planned=planned)
+                check_seed(move, state)
+                moves.append(move)
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
                 touched.update(_check_optimizer(command.payload, state, touched))
@@ -168,6 +171,8 @@ def _check_command(command: Command, state: TrainState, touched: set[str]) -> No
 
 
 def _check_optimizer(payload: OptimizerCommand, state: TrainState, touched: set[str]) -> set[str]:
+    if names_class(payload):
+        return check_class(payload, state, touched)
     unknown = sorted(set(payload.hyperparameters) - {LR_SCALE})
     if unknown or not payload.hyperparameters:
         raise CommandRefused("unknown_parameter", f"an optimizer command takes {LR_SCALE!r}, not {unknown}")
@@ -228,6 +233,9 @@ def _change(plan: _Plan, state: TrainState, replica: Replica, *, conservative: b
         elif move.seed_command.operation == SeedOp.FOSSILIZE:
             state.lr.follow_host(group)
     for payload in plan.optimizer:
+        if names_class(payload):
+            change_class(payload, state)
+            continue
         pattern = payload.optimizer_id or "*"
         state.lr.scale(pattern, payload.hyperparameters[LR_SCALE], conservative=conservative)
     replica.rebuild()

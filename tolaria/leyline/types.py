@@ -10,6 +10,8 @@ from enum import IntEnum
 
 LR_SCALE = "lr_scale"
 """Hyperparameter of an OptimizerCommand: the factor by which a group's learning rate is multiplied."""
+OPTIMIZER_CLASS = "class/"
+"""Beginning of the ``optimizer_id`` of an OptimizerCommand for another class: "class/sgd"."""
 
 
 class SeedStage(IntEnum):
@@ -189,7 +191,7 @@ class SeedCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerCommand:
-    """``optimizer_id`` is a parameter-group name or a shell pattern of names ("host*", "*")."""
+    """``optimizer_id`` is a parameter-group name, a shell pattern of names ("host*", "*"), or "class/NAME"."""
 
     optimizer_id: str
     hyperparameters: Mapping[str, float] = field(default_factory=dict)

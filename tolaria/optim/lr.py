@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from tolaria.config import LRConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
-from tolaria.optim.schedule import host_share
+from tolaria.optim.schedule import checked_rate, host_share
 
 Kind: TypeAlias = Literal["host", "seed"]
 Cause: TypeAlias = Literal["added", "removed", "command", "follow_host", "corrected"]
@@ -72,12 +72,10 @@ class LRController:
     """
 
     def __init__(self, config: LRConfig, base_lr: float, total_steps: int) -> None:
-        if not (math.isfinite(base_lr) and base_lr > 0):
-            raise ValueError(f"base_lr={base_lr!r}: expected a finite number above 0")
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r}: expected 1 or more")
         self._config = config
-        self._base_lr = base_lr
+        self._base_lr = self._configured_lr = checked_rate(base_lr)
         self._total_steps = total_steps
         self._groups: dict[str, _Group] = {}
         self._written: dict[str, float] = {}
@@ -142,6 +140,16 @@ class LRController:
         """Bring all rates up again from a tenth, over ``steps`` steps from ``step`` on; 0 ends a re-warm."""
         self._rewarm = (step, steps)
 
+    def set_base_rate(self, base_lr: float) -> None:
+        """Put another peak rate of the host in place of the configured one; what commands did to groups stays.
+
+        Raises ValueError unless it is a finite number above 0.
+        """
+        before = {name: self.lr_at(name, self._next_step) for name in self._groups}
+        self._base_lr = checked_rate(base_lr)
+        for name, group in self._groups.items():
+            self._record(name, "command", before[name], self.lr_at(name, self._next_step), group.scale)
+
     def lr_at(self, name: str, step: int) -> float:
         """The rate of a group at ``step`` as things stand now. Changes nothing. Raises KeyError."""
         return self._rate(self._group(name), step, self._host_lr(step))
@@ -203,6 +211,7 @@ class LRController:
             "violations": self._violations,
             "next_step": self._next_step,
             "rewarm": list(self._rewarm),
+            "base_lr": None if self._base_lr == self._configured_lr else self._base_lr,
             "history": [list(change) for change in self._history],
         }
 
@@ -213,12 +222,14 @@ class LRController:
             history = [LRChange(*entry) for entry in state["history"]]
             violations, next_step = int(state["violations"]), int(state["next_step"])
             rewarm_start, rewarm_steps = map(int, state["rewarm"])
+            base_lr = self._configured_lr if state["base_lr"] is None else checked_rate(float(state["base_lr"]))
             sound = all(self._is_sound(group) for group in groups.values())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointMismatch(f"saved learning-rate state is malformed: {error!r}") from error
         if not sound:
             raise CheckpointMismatch(f"saved learning-rate state holds a value out of its range: {groups}")
         self._groups = groups
+        self._base_lr = base_lr
         self._written = {}
         self._history = deque(history, maxlen=HISTORY_LENGTH)
         self._violations, self._next_step = violations, next_step

@@ -5,6 +5,13 @@ import math
 from tolaria.config import LRConfig
 
 
+def checked_rate(base_lr: float) -> float:
+    """``base_lr`` as it is. Raises ValueError unless it is a finite number above 0."""
+    if not (math.isfinite(base_lr) and base_lr > 0):
+        raise ValueError(f"base_lr={base_lr!r}: expected a finite number above 0")
+    return base_lr
+
+
 def host_share(config: LRConfig, step: int, total_steps: int) -> float:
     """Warm-up and schedule of the host at ``step`` as a share of the peak rate, in [0, 1]. Pure.
 

@@ -32,6 +32,7 @@ from dataclasses import replace
 from tolaria.leyline.limits import clip_text
 from tolaria.leyline.types import (
     LR_SCALE,
+    OPTIMIZER_CLASS,
     BreakerCommand,
     CircuitState,
     Command,
@@ -163,6 +164,21 @@ def cancel(slot: str, *, reason: str = "") -> Command:
 def scale_lr(group: str, factor: float, *, reason: str = "") -> Command:
     """Multiply the learning rate of the groups whose name matches the shell pattern ``group``."""
     payload = OptimizerCommand(optimizer_id=group, hyperparameters={LR_SCALE: factor})
+    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
+
+
+def change_optimizer(
+    name: str, *, lr: float | None = None, momentum: float | None = None, weight_decay: float | None = None,
+    reason: str = "",
+) -> Command:  # fmt: skip
+    """Go on with another optimizer: one of ``optim.name``'s, or the class that the run was configured with.
+
+    At least one setting has to be given, for all groups: ``lr``, the host's new peak rate (needed unless both are of
+    adam, adamw and nadam, which also keep their state), ``momentum``, ``weight_decay``.
+    """
+    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    given = {key: value for key, value in settings.items() if value is not None}
+    payload = OptimizerCommand(optimizer_id=f"{OPTIMIZER_CLASS}{name}", hyperparameters=given)
     return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
 
 

@@ -24,6 +24,8 @@ order of the file:
     start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
+    change_optimizer
+                    optimizer (its name), lr, momentum, weight_decay (one of the three at least)
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
@@ -43,12 +45,13 @@ from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
 _NUMBER = (int, float)
 _ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
-_OPTIONAL = frozenset({"reason", "blend_steps", "step"})
+_OPTIONAL = frozenset({"reason", "blend_steps", "step", "lr", "momentum", "weight_decay"})
 _KEYS: dict[str, dict[str, Any]] = {
     **{op.name.lower(): {"slot": str} for op in SeedOp},
     "germinate": {"slot": str, "blueprint": str},
     "start_grafting": {"slot": str, "blend_steps": int},
     "scale_lr": {"group": str, "factor": _NUMBER},
+    "change_optimizer": {"optimizer": str, "lr": _NUMBER, "momentum": _NUMBER, "weight_decay": _NUMBER},
     "rollback": {"step": int},
     "conservative": {"on": bool},
     "pause": {},
@@ -136,8 +139,8 @@ def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
     reason = entry.get("reason", "script")
     match op:
-        case "scale_lr":
-            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "scale_lr" | "change_optimizer":
+            return _optimizer_command(op, entry, reason)
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
         case "conservative":
@@ -150,6 +153,13 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
             return do.seed_command(
                 SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""), reason=reason
             )
+
+
+def _optimizer_command(op: str, entry: Mapping[str, Any], reason: str) -> Command:
+    if op == "scale_lr":
+        return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+    settings = {key: float(entry[key]) for key in ("lr", "momentum", "weight_decay") if key in entry}
+    return do.change_optimizer(entry["optimizer"], **settings, reason=reason)
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
