@@ -16,6 +16,7 @@ from tolaria.leyline.limits import is_name
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
+from tolaria.optim.tuning import Tuner
 from tolaria.replica import evaluating
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.task import Task, users_code
@@ -52,6 +53,8 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         kasmina=kasmina,
         optimizer=build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device),
         lr=lr,
+        tuner=Tuner(config.tuning, config.lr),
+        clip_norm=config.train.clip_norm,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision.amp == "fp16"),
         sampler=sampler,
     )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tolaria.data import EpochSampler
 from tolaria.errors import CheckpointMismatch
 from tolaria.kasmina.host import Kasmina
-from tolaria.leyline.types import SeedStage
+from tolaria.leyline.types import CLIP_NORM, SeedStage
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
 from tolaria.optim.persist import (
@@ -35,6 +35,7 @@ from tolaria.optim.persist import (
     state_tensors,
 )
 from tolaria.optim.rebuild import regroup
+from tolaria.optim.tuning import Tuner
 
 HOST_GROUP = "host"
 Copy: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
@@ -58,12 +59,13 @@ class Mode:
 
 @dataclass(frozen=True)
 class Memento:
-    """What `TrainState.restore` needs to take back a change of structure, LR or mode."""
+    """What `TrainState.restore` needs to take back a change of structure, optimizer options, LR or mode."""
 
     kasmina: dict[str, dict[str, Any]]
     optimizer: Optimizer
     options: list[dict[str, Any]]
     lr: dict[str, Any]
+    tuner: dict[str, Any]
     mode: Mode
 
 
@@ -79,6 +81,8 @@ class TrainState:
         kasmina: Kasmina,
         optimizer: Optimizer,
         lr: LRController,
+        tuner: Tuner,
+        clip_norm: float,
         scaler: torch.amp.GradScaler,
         sampler: EpochSampler,
     ) -> None:
@@ -88,12 +92,26 @@ class TrainState:
         self.kasmina = kasmina
         self.optimizer = optimizer
         self.lr = lr
+        self.tuner = tuner
+        self.clip_norm = clip_norm
+        for group in optimizer.param_groups:
+            group[CLIP_NORM] = clip_norm
         self.scaler = scaler
         self.sampler = sampler
         self.mode = Mode()
         self.step = 0
         self.boundary = 0
         self.skipped_steps = 0
+
+    @property
+    def mode(self) -> Mode:
+        """Normal or conservative; the learning rates follow it."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode
+        self.lr.set_conservative(mode.conservative)
 
     @property
     def parameter_count(self) -> int:
@@ -110,17 +128,18 @@ class TrainState:
         if present == [(name, list(map(id, members.values()))) for name, members in groups.items()]:
             return
         had = {name for group in self.optimizer.param_groups for name in group["param_names"]}
-        self.optimizer = regroup(self.optimizer, groups, dropped=had - wanted)
+        options = {CLIP_NORM: self.clip_norm}
+        self.optimizer = regroup(self.optimizer, groups, defaults=options, dropped=had - wanted)
         for name in set(self.lr.groups) - set(groups):
             self.lr.remove_group(name)
+            self.tuner.forget(name)
         for name in groups:
             if name not in self.lr.groups:
                 self.lr.add_group(name, "host" if name == HOST_GROUP else "seed", self.step)
 
     def restart_warmup(self, group: str) -> None:
         """Begin the LR warm-up of a seed's group at this step."""
-        self.lr.remove_group(group)
-        self.lr.add_group(group, "seed", self.step)
+        self.lr.restart_warmup(group, self.step)
 
     def left_overs(self, group: str) -> list[str]:
         """What optimizer and LR controller still hold of a group (for gate G5)."""
@@ -129,15 +148,16 @@ class TrainState:
 
     def memento(self) -> Memento:
         """Keep what `restore` needs. Cheap: references and numbers, no copy of the host."""
-        options = group_options(self.optimizer)
-        return Memento(self.kasmina.memento(), self.optimizer, options, self.lr.state_dict(), self.mode)
+        kasmina, options = self.kasmina.memento(), group_options(self.optimizer)
+        return Memento(kasmina, self.optimizer, options, self.lr.state_dict(), self.tuner.state_dict(), self.mode)
 
     def restore(self, memento: Memento) -> None:
-        """Take back every change of structure, LR and mode since `memento`."""
+        """Take back every change of structure, optimizer options, LR and mode since `memento`."""
         self.kasmina.restore(memento.kasmina)
         self.optimizer = memento.optimizer
         load_group_options(self.optimizer, memento.options)
         self.lr.load_state_dict(memento.lr)
+        self.tuner.load_state_dict(memento.tuner)
         self.mode = memento.mode
 
     def after_step(self, *, taken: bool) -> bool:
@@ -174,6 +194,7 @@ class TrainState:
             "sampler": self.sampler.state_dict(),
             "kasmina": self.kasmina.state_dict(),
             "lr": self.lr.state_dict(),
+            "tuner": self.tuner.state_dict(),
             "groups": group_options(self.optimizer),
             "scaler": dict(self.scaler.state_dict()),
             "mode": asdict(self.mode),
@@ -207,6 +228,7 @@ class TrainState:
         _check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
         self.lr.load_state_dict(meta["lr"])
+        self.tuner.load_state_dict(meta["tuner"])
         self.scaler.load_state_dict(dict(meta["scaler"]))
         self.mode = Mode(**meta["mode"])
         load_group_options(self.optimizer, meta["groups"])

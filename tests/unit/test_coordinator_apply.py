@@ -98,8 +98,18 @@ REFUSED: list[tuple[Command, str]] = [
     (do.scale_lr("host", 0.0001), "lr_out_of_bounds"),
     (do.scale_lr("host", 0.0), "invalid_factor"),
     (do.scale_lr("host", -1.0), "invalid_factor"),
-    (optimizer(lr=0.1), "unknown_parameter"),
+    (optimizer(colour=0.1), "unknown_parameter"),
     (optimizer(lr_scale=0.5, momentum=0.1), "unknown_parameter"),
+    (optimizer(lr=1.0), "lr_out_of_bounds"),
+    (optimizer(lr=0.1, lr_scale=2.0), "bad_parameter"),
+    (optimizer(weight_decay=0.6), "out_of_bounds"),
+    (optimizer(weight_decay=0.2), "rate_limited"),
+    (optimizer(beta1=0.5), "rate_limited"),
+    (optimizer(clip_norm=0.0), "out_of_bounds"),
+    (optimizer(freeze=2.0), "bad_parameter"),
+    (do.set_optimizer("seed/*", weight_decay=0.02), "unknown_group"),
+    (do.undo("host"), "nothing_to_undo"),
+    (optimizer(undo=1.0, freeze=1.0), "bad_parameter"),
 ]
 
 

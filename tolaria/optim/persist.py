@@ -120,7 +120,10 @@ def load_group_options(optimizer: Optimizer, saved: Iterable[Mapping[str, Any]])
             raise CheckpointMismatch(f"optimizer group {name!r}: unknown options {listed(sorted(unknown))}")
     for name, group in groups.items():
         for key, value in by_name[name]["options"].items():
-            group[key] = tuple(value) if isinstance(value, list) else value
+            if isinstance(group[key], Tensor):  # a learning rate that compiled code reads
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _state_it_would_make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
@@ -151,6 +154,8 @@ def _filled(name: str, own: dict[str, Tensor], saved: dict[str, Tensor]) -> dict
 
 
 def _plain(value: Any, what: str) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
     items = list(value) if isinstance(value, tuple | list) else [value]
     if not all(item is None or isinstance(item, bool | int | float | str) for item in items):
         raise OptimizerStateError(f"{what} is {value!r}: not JSON-able")

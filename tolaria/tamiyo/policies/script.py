@@ -24,6 +24,11 @@ order of the file:
     start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
+    set_lr          group, lr: the rate at that step; the schedule goes on in proportion
+    freeze, thaw    group
+    set_optimizer   group and one or more of lr, lr_scale, freeze (1 or 0), weight_decay, beta1, beta2, momentum,
+                    clip_norm
+    undo            group: takes back the newest of these commands on it that was not taken back yet
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
@@ -37,18 +42,35 @@ from typing import Any
 
 from tolaria.errors import ConfigError, MessageRejected
 from tolaria.leyline.codec import encode_command
-from tolaria.leyline.types import Command, EmergencyLevel, EmergencySignal, FieldReport, SeedOp, SystemState
+from tolaria.leyline.types import (
+    FREEZE,
+    HYPERPARAMETERS,
+    LR_SCALE,
+    UNDO,
+    Command,
+    EmergencyLevel,
+    EmergencySignal,
+    FieldReport,
+    SeedOp,
+    SystemState,
+)
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
 _NUMBER = (int, float)
 _ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
+_TUNED = tuple(name for name in HYPERPARAMETERS if name != UNDO)
 _OPTIONAL = frozenset({"reason", "blend_steps", "step"})
 _KEYS: dict[str, dict[str, Any]] = {
     **{op.name.lower(): {"slot": str} for op in SeedOp},
     "germinate": {"slot": str, "blueprint": str},
     "start_grafting": {"slot": str, "blend_steps": int},
     "scale_lr": {"group": str, "factor": _NUMBER},
+    "set_lr": {"group": str, "lr": _NUMBER},
+    "freeze": {"group": str},
+    "thaw": {"group": str},
+    "set_optimizer": {"group": str, **dict.fromkeys(_TUNED, _NUMBER)},
+    "undo": {"group": str},
     "rollback": {"step": int},
     "conservative": {"on": bool},
     "pause": {},
@@ -114,9 +136,12 @@ def _read_entry(entry: Any, where: str) -> tuple[int, Command | EmergencySignal]
         if key not in accepted:
             raise ConfigError(f"{where}: unknown key {key!r}; expected {', '.join(accepted)}")
         _check_type(value, accepted[key], f"{where}: {key}")
-    missing = [key for key in accepted if key not in entry and key not in _OPTIONAL]
+    optional = _OPTIONAL | set(_TUNED) if op == "set_optimizer" else _OPTIONAL
+    missing = [key for key in accepted if key not in entry and key not in optional]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
+    if op == "set_optimizer" and not entry.keys() & set(_TUNED):
+        raise ConfigError(f"{where}: expected one or more of {', '.join(_TUNED)}")
     if op == "emergency":
         return entry["boundary"], _emergency(entry, where)
     command = _command(op, entry)
@@ -136,8 +161,8 @@ def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
     reason = entry.get("reason", "script")
     match op:
-        case "scale_lr":
-            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "scale_lr" | "set_lr" | "freeze" | "thaw" | "set_optimizer" | "undo":
+            return do.set_optimizer(entry["group"], reason=reason, **_hyperparameters(op, entry))
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
         case "conservative":
@@ -150,6 +175,18 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
             return do.seed_command(
                 SeedOp[op.upper()], entry["slot"], blueprint=entry.get("blueprint", ""), reason=reason
             )
+
+
+def _hyperparameters(op: str, entry: Mapping[str, Any]) -> dict[str, float]:
+    match op:
+        case "scale_lr":
+            return {LR_SCALE: float(entry["factor"])}
+        case "freeze" | "thaw":
+            return {FREEZE: float(op == "freeze")}
+        case "undo":
+            return {UNDO: 1.0}
+        case _:
+            return {name: float(entry[name]) for name in _TUNED if name in entry}
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
