@@ -38,8 +38,9 @@ from tolaria.objective import Batch
 from tolaria.optim.persist import state_tensors
 from tolaria.replica import Replica
 from tolaria.setup import build_state
-from tolaria.state import TrainState, seed_rank
+from tolaria.state import TrainState
 from tolaria.step import StepResult, TrainStep
+from tolaria.streams import seed_rank
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.task import Task, load_task
@@ -157,7 +158,7 @@ class Rig:
         replica = Replica(state, world, config, events)
         replica.rebuild(first=True)
         seed_rank(config.run.seed, 0, world.global_rank)
-        step = TrainStep(state, replica, events, debug=False, compile_step=config.optim.compile_step)
+        step = TrainStep(state, replica, events, debug=False, compiled=config.optim.compile_step)
         evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
         return cls(config, world, task, state, loader, replica, step, evaluator, events, folder / "events.jsonl")
 

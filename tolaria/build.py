@@ -39,8 +39,9 @@ from tolaria.rollback import Rollback
 from tolaria.rundir import RunDir, open_run
 from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
-from tolaria.state import TrainState, load_rng_tensors, rng_tensors, seed_rank
+from tolaria.state import TrainState
 from tolaria.step import TrainStep
+from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo.client import open_client
 from tolaria.tamiyo.embedded import EmbeddedPolicy
 from tolaria.task import Task, load_task
@@ -156,8 +157,7 @@ def _assemble(
             task=task,
             state=state,
             loader=loader,
-            step=TrainStep(state, replica, events, debug=config.train.debug,
-                           compile_step=config.optim.compile_step),
+            step=TrainStep(state, replica, events, debug=config.train.debug, compiled=config.optim.compile_step),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,

@@ -18,6 +18,9 @@ Scalar: TypeAlias = bool | int | float | str
 # Run names and slot names travel as ids in messages, which are ASCII.
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "-_.")
 
+OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "nadam", "muon")
+"""Names that ``optim.name`` takes, beside the import path of a class."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -107,16 +110,18 @@ class CompileConfig:
 class OptimConfig:
     """The optimizer of the host and of every seed."""
 
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = doc("adamw", "optimizer")
+    name: str = doc("adamw", "adamw | adam | sgd | rmsprop | adagrad | nadam | muon | package.module:Class")
     lr: float = doc(1e-3, "peak learning rate of the host")
     weight_decay: float = doc(0.01, "weight decay")
-    beta1: float = doc(0.9, "first-moment decay (adam, adamw)")
-    beta2: float = doc(0.999, "second-moment decay (adam, adamw); smoothing (rmsprop)")
-    eps: float = doc(1e-8, "denominator term (adam, adamw, rmsprop)")
-    momentum: float = doc(0.9, "momentum (sgd, rmsprop)")
+    beta1: float = doc(0.9, "first-moment decay (adam, adamw, nadam)")
+    beta2: float = doc(0.999, "second-moment decay (adam, adamw, nadam); smoothing (rmsprop)")
+    eps: float = doc(1e-8, "denominator term (all but sgd)")
+    momentum: float = doc(0.9, "momentum (sgd, rmsprop, muon)")
     compile_step: bool = doc(False, "run the optimizer step through torch.compile instead of its fused kernel")
 
     def __post_init__(self) -> None:
+        known = self.name in OPTIMIZERS or all(self.name.partition(":"))
+        require(known, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}, or package.module:Class")
         require(0 < self.lr <= 100, "optim.lr", self.lr, "more than 0, at most 100")
         require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "0 <= value < 1")
         for key in ("beta1", "beta2", "momentum"):

@@ -37,8 +37,9 @@ from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.page import Phase
 from tolaria.saving import Saver
-from tolaria.state import HOST_GROUP, TrainState, rng_tensors
+from tolaria.state import HOST_GROUP, TrainState
 from tolaria.step import StepResult, TrainStep
+from tolaria.streams import rng_tensors
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters, Rate

@@ -27,7 +27,8 @@ from tolaria.recovery.journal import Journal
 from tolaria.recovery.snapshots import Snapshot, SnapshotInfo, SnapshotRing, copy_back
 from tolaria.recovery.timeline import Return
 from tolaria.replica import Replica
-from tolaria.state import TrainState, load_rng_tensors
+from tolaria.state import TrainState
+from tolaria.streams import load_rng_tensors
 from tolaria.telemetry.events import EventLog
 
 MakeReturn = Callable[[int, int], Return]

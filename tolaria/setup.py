@@ -26,7 +26,7 @@ MAX_OBSERVED = 200
 
 
 def build_state(config: Config, task: Task, world: World, loader: Loader) -> tuple[TrainState, OptimConfig]:
-    """The state of a run that has not begun, and the optimizer settings in force. Local; raises TaskError."""
+    """The state of a run that has not begun, and its optimizer settings. Local; raises TaskError, ConfigError."""
     model = task.model.to(world.device)
     slots = _slots(model, {**task.slots, **config.kasmina.slots})
     host_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -52,6 +52,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         host_buffers=host_buffers,
         kasmina=kasmina,
         optimizer=build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device),
+        optim=optim,
         lr=lr,
         tuner=Tuner(config.tuning, config.lr),
         clip_norm=config.train.clip_norm,
@@ -118,5 +119,5 @@ def _optimizer_settings(config: OptimConfig, task: Task) -> OptimConfig:
         raise TaskError(f"the task's optimizer has unknown keys {unknown}; known: {', '.join(sorted(known))}")
     try:
         return replace(config, **task.optimizer)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise TaskError(f"the task's optimizer: {error}") from error

@@ -7,21 +7,18 @@ All that is saved hangs here; `capture` and `load` are each other's inverse, and
 continued is bit-equal to one that was not interrupted.
 """
 
-import hashlib
-import json
 import operator
-import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tolaria.compare import check_same, digest_of
+from tolaria.config import OptimConfig
 from tolaria.data import EpochSampler
-from tolaria.errors import CheckpointMismatch
 from tolaria.kasmina.host import Kasmina
 from tolaria.leyline.types import CLIP_NORM, SeedStage
 from tolaria.objective import Objective
@@ -29,12 +26,15 @@ from tolaria.optim.lr import LRController
 from tolaria.optim.persist import (
     copy_tensors,
     group_options,
+    has_form,
     load_group_options,
-    load_state_tensors,
-    same_form,
+    load_state,
+    set_scalars,
+    state_scalars,
     state_tensors,
 )
-from tolaria.optim.rebuild import regroup
+from tolaria.optim.rebuild import build_optimizer, carry_hooks, regroup
+from tolaria.optim.surgery import change_class, saved_settings, settings_meta
 from tolaria.optim.tuning import Tuner
 
 HOST_GROUP = "host"
@@ -59,10 +59,11 @@ class Mode:
 
 @dataclass(frozen=True)
 class Memento:
-    """What `TrainState.restore` needs to take back a change of structure, optimizer options, LR or mode."""
+    """What `TrainState.restore` needs to take back a change of structure, optimizer, LR or mode."""
 
     kasmina: dict[str, dict[str, Any]]
     optimizer: Optimizer
+    optim: OptimConfig
     options: list[dict[str, Any]]
     lr: dict[str, Any]
     tuner: dict[str, Any]
@@ -80,6 +81,7 @@ class TrainState:
         host_buffers: Mapping[str, Tensor],
         kasmina: Kasmina,
         optimizer: Optimizer,
+        optim: OptimConfig,
         lr: LRController,
         tuner: Tuner,
         clip_norm: float,
@@ -91,11 +93,12 @@ class TrainState:
         self.host_buffers = dict(host_buffers)
         self.kasmina = kasmina
         self.optimizer = optimizer
+        self.optim = self._configured = optim
         self.lr = lr
         self.tuner = tuner
-        self.clip_norm = clip_norm
+        self._fresh_options = {CLIP_NORM: clip_norm}
         for group in optimizer.param_groups:
-            group[CLIP_NORM] = clip_norm
+            group.update(self._fresh_options)
         self.scaler = scaler
         self.sampler = sampler
         self.mode = Mode()
@@ -118,24 +121,45 @@ class TrainState:
         """Parameters of host and seeds."""
         return sum(p.numel() for p in self.host_parameters.values()) + self.kasmina.grown_parameters
 
+    @property
+    def configured_optimizer(self) -> str:
+        """The name that the run was started with; ``optim.name`` is that of the optimizer in force."""
+        return self._configured.name
+
     # Structure
 
     def regroup(self) -> None:
         """Bring optimizer groups and LR groups in line with Kasmina's seeds; the host's state stays bit-identical."""
-        groups: dict[str, Mapping[str, nn.Parameter]] = {HOST_GROUP: self.host_parameters, **self.kasmina.groups()}
+        groups = self._groups()
         wanted = {name for members in groups.values() for name in members}
         present = [(group["name"], list(map(id, group["params"]))) for group in self.optimizer.param_groups]
         if present == [(name, list(map(id, members.values()))) for name, members in groups.items()]:
             return
         had = {name for group in self.optimizer.param_groups for name in group["param_names"]}
-        options = {CLIP_NORM: self.clip_norm}
-        self.optimizer = regroup(self.optimizer, groups, defaults=options, dropped=had - wanted)
+        self.optimizer = regroup(self.optimizer, groups, defaults=self._fresh_options, dropped=had - wanted)
         for name in set(self.lr.groups) - set(groups):
             self.lr.remove_group(name)
             self.tuner.forget(name)
         for name in groups:
             if name not in self.lr.groups:
                 self.lr.add_group(name, "host" if name == HOST_GROUP else "seed", self.step)
+
+    def plan_optimizer(self, name: str, given: Mapping[str, float]) -> tuple[OptimConfig, Optimizer]:
+        """What `change_optimizer` would put in place. Changes nothing; raises what it raises."""
+        changes: dict[str, Any] = {"name": name, **given}
+        settings = replace(self.optim, **changes)
+        return settings, change_class(self.optimizer, settings, anew=given.keys() - {"lr"})
+
+    def change_optimizer(self, name: str, given: Mapping[str, float]) -> None:
+        """Go on with another optimizer class from the next step on. What stays: `change_class`.
+
+        ``given``: lr (the host's new peak rate), momentum, weight_decay, for all groups. Raises ValueError, ConfigError
+        or TaskError, with nothing changed.
+        """
+        self.optim, self.optimizer = self.plan_optimizer(name, given)
+        self.tuner.class_changed()
+        if "lr" in given:
+            self.lr.set_base_rate(self.optim.lr)
 
     def restart_warmup(self, group: str) -> None:
         """Begin the LR warm-up of a seed's group at this step."""
@@ -148,13 +172,14 @@ class TrainState:
 
     def memento(self) -> Memento:
         """Keep what `restore` needs. Cheap: references and numbers, no copy of the host."""
-        kasmina, options = self.kasmina.memento(), group_options(self.optimizer)
-        return Memento(kasmina, self.optimizer, options, self.lr.state_dict(), self.tuner.state_dict(), self.mode)
+        tuner, options = self.tuner.state_dict(), group_options(self.optimizer)
+        kasmina, lr = self.kasmina.memento(), self.lr.state_dict()
+        return Memento(kasmina, self.optimizer, self.optim, options, lr, tuner, self.mode)
 
     def restore(self, memento: Memento) -> None:
-        """Take back every change of structure, optimizer options, LR and mode since `memento`."""
+        """Take back every change of structure, optimizer, LR and mode since `memento`."""
         self.kasmina.restore(memento.kasmina)
-        self.optimizer = memento.optimizer
+        self.optimizer, self.optim = memento.optimizer, memento.optim
         load_group_options(self.optimizer, memento.options)
         self.lr.load_state_dict(memento.lr)
         self.tuner.load_state_dict(memento.tuner)
@@ -196,36 +221,42 @@ class TrainState:
             "lr": self.lr.state_dict(),
             "tuner": self.tuner.state_dict(),
             "groups": group_options(self.optimizer),
+            "optimizer": settings_meta(self._configured, self.optim) | {"scalars": state_scalars(self.optimizer)},
             "scaler": dict(self.scaler.state_dict()),
             "mode": asdict(self.mode),
         }
 
     def digest(self) -> bytes:
         """sha256 over names, types, shapes and bytes of all replicated state. Reads every tensor once."""
-        return _digest(self.tensors(), self.meta())
+        return digest_of(self.tensors(), self.meta())
 
     def structure_digest(self) -> bytes:
         """sha256 over what a command can change: structure, new weights, groups, LR, mode. Does not read the host."""
         seeds = {n: t for n, t in self.tensors().items() if n.startswith("seed/")}
         shapes = [[n, str(t.dtype), list(t.shape)] for n, t in sorted(self.tensors().items())]
-        return _digest(seeds, {**self.meta(), "shapes": shapes})
+        return digest_of(seeds, {**self.meta(), "shapes": shapes})
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, copy: Copy = copy_tensors) -> bool:
-        """Take over a saved state, in place where the structure is the same. True if the structure changed.
+        """Take over a saved state, in place where structure and optimizer are the same. True if the structure changed.
 
         Raises CheckpointMismatch when it belongs to another model, TaskError for its data: the seeds are built first,
         everything is checked before the first tensor is copied. ``copy(source, live)`` moves the bytes; what it raises
         leaves the state half copied.
         """
+        settings = saved_settings(self._configured, meta.get("optimizer", {}))
         before = list(self.optimizer.param_groups)
         forms = {name: slot.form for name, slot in self.kasmina.slots.items()}
         self.kasmina.load_state_dict(meta["kasmina"])
         self.step, self.boundary = int(meta["step"]), int(meta["boundary"])
         self.skipped_steps = int(meta["skipped_steps"])
         self._forget_replaced_seeds()
+        if settings != self.optim:
+            new = build_optimizer(settings, self._groups(), next(iter(self.host_parameters.values())).device)
+            carry_hooks(self.optimizer, new)
+            self.optimizer, self.optim = new, settings
         self.regroup()
         own, saved = _without_optimizer(self.tensors()), _without_optimizer(tensors)
-        _check_same(own, saved)
+        check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
         self.lr.load_state_dict(meta["lr"])
         self.tuner.load_state_dict(meta["tuner"])
@@ -233,14 +264,20 @@ class TrainState:
         self.mode = Mode(**meta["mode"])
         load_group_options(self.optimizer, meta["groups"])
         live = self.tensors()
-        if same_form(live, tensors):
+        of_optimizer = {name[6:]: t for name, t in tensors.items() if name.startswith("optim/")}
+        scalars = meta["optimizer"]["scalars"]
+        if has_form(self.optimizer, of_optimizer, scalars):
             copy(tensors, live)
+            set_scalars(self.optimizer, scalars)
         else:
-            load_state_tensors(self.optimizer, {n[6:]: t for n, t in tensors.items() if n.startswith("optim/")})
+            load_state(self.optimizer, of_optimizer, scalars)
             copy(saved, own)
         after = self.optimizer.param_groups
         same_groups = len(before) == len(after) and all(map(operator.is_, before, after))
         return not same_groups or any(slot.form is not forms[n] for n, slot in self.kasmina.slots.items())
+
+    def _groups(self) -> dict[str, Mapping[str, nn.Parameter]]:
+        return {HOST_GROUP: self.host_parameters, **self.kasmina.groups()}
 
     def _forget_replaced_seeds(self) -> None:
         # A seed built again may have other shapes under the same names, and its state comes with the saved tensors.
@@ -252,66 +289,6 @@ class TrainState:
 
 def _without_optimizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("optim/")}
-
-
-def _check_same(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    if own.keys() != saved.keys():
-        missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-        raise CheckpointMismatch(f"tensors missing in the checkpoint: {missing[:5]}; unknown here: {extra[:5]}")
-    for name, tensor in own.items():
-        other = saved[name]
-        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
-            raise CheckpointMismatch(
-                f"tensor {name!r}: {other.dtype} {tuple(other.shape)} saved, {tensor.dtype} {tuple(tensor.shape)} here"
-            )
-
-
-def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
-    whole = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        whole.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.digest()
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The states of this process's random generators: torch (CPU and device), numpy, Python."""
-    numpy_state: Any = np.random.get_state(legacy=True)
-    version, internal, gauss = random.getstate()
-    found = {
-        "rng/torch": torch.get_rng_state(),
-        "rng/numpy_keys": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "rng/numpy_rest": torch.tensor([numpy_state[2], numpy_state[3], numpy_state[4]], dtype=torch.float64),
-        "rng/python": torch.tensor([version, *internal], dtype=torch.int64),
-        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-    }
-    if device.type == "cuda":
-        found["rng/cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
-def load_rng_tensors(saved: Mapping[str, Tensor], device: torch.device) -> None:
-    """Take over what `rng_tensors` gave. Raises CheckpointMismatch when a generator is missing."""
-    missing = rng_tensors(device).keys() - saved.keys()
-    if missing:
-        raise CheckpointMismatch(f"random generators missing in the checkpoint: {sorted(missing)}")
-    torch.set_rng_state(saved["rng/torch"])
-    position, has_gauss, cached = saved["rng/numpy_rest"].tolist()
-    keys = saved["rng/numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    version, *internal = saved["rng/python"].tolist()
-    gauss = saved["rng/python_gauss"].tolist()
-    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(saved["rng/cuda"], device)
-
-
-def seed_rank(run_seed: int, step: int, rank: int) -> None:
-    """Seed this rank's generators for the time after ``step``: ranks differ, so that their dropout does."""
-    digest = hashlib.sha256(f"{run_seed}/{step}/{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    np.random.seed(int.from_bytes(digest[8:12], "big"))
-    random.seed(digest[12:])
 
 
 def named_buffers_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:

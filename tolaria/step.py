@@ -51,13 +51,13 @@ class TrainStep:
     """Takes one optimizer step from a group of microbatches. Collective through DDP; all ranks call it alike."""
 
     def __init__(
-        self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool, compile_step: bool = False
+        self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool, compiled: bool = False
     ) -> None:
         self.state = state
         self.replica = replica
         self.events = events
         self.debug = debug
-        self._compiled = CompiledStep() if compile_step else None
+        self._compiled = CompiledStep() if compiled else None
         self._alone_until = 0.0
         self._scaler_judged = False
 

@@ -8,7 +8,7 @@ import torch._dynamo.utils
 from tests.dist.jobs_growth import joined, must
 from tests.isolation import Leaky, differences, trace
 from tests.rig import Rig, tiny_config
-from tolaria.state import load_rng_tensors, rng_tensors
+from tolaria.streams import load_rng_tensors, rng_tensors
 from tolaria.tamiyo import policy as do
 
 

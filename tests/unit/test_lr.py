@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -297,34 +298,37 @@ def toggle(controller: LRController, optimizer: Optimizer, name: str, step: int)
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": 5.0})
 
 
-def play(controller: LRController, optimizer: Optimizer, step: int, actions: list[Action]) -> list[Any]:
-    """Drive controller and optimizer through the actions from ``step``; what every step and command came to."""
-    course: list[Any] = []
+def change_all(controller: LRController, kind: str, value: Any, step: int) -> None:
+    """What one action does to every group."""
+    if kind == "mode":
+        controller.set_conservative(value)
+    if kind == "rewarm":
+        controller.rewarm(step, value)
+    for name in controller.groups:
+        if kind == "scale":
+            scale(controller, name, value, step)
+        if kind == "freeze":
+            controller.set_frozen(name, not controller.is_frozen(name), step)
+        if kind == "progress" and name != "host":
+            controller.set_progress(name, value)
+
+
+def play(controller: LRController, optimizer: Optimizer, step: int, actions: list[Action]) -> list[list[float]]:
+    """Drive controller and optimizer through the actions from ``step``; the rates of every step."""
+    course = []
     for kind, value in actions:
-        match kind:
-            case "step":
-                for now in range(step, step + value):
-                    if controller.apply(optimizer, now):
-                        controller.count_violation()
-                    course.append([group["lr"] for group in optimizer.param_groups])
-                step += value
-            case "scale":
-                for name in controller.groups:
-                    scale(controller, name, value, step)
-            case "freeze":
-                for name in controller.groups:
-                    controller.set_frozen(name, not controller.is_frozen(name), step)
-            case "mode":
-                controller.set_conservative(value)
-            case "rewarm":
-                controller.rewarm(step, value)
-            case "toggle":
-                toggle(controller, optimizer, value, step)
-            case "progress":
-                for name in controller.groups[1:]:
-                    controller.set_progress(name, value)
-            case "tamper":
-                optimizer.param_groups[0]["lr"] = value
+        if kind == "step":
+            for now in range(step, step + value):
+                if controller.apply(optimizer, now):
+                    controller.count_violation()
+                course.append([float(group["lr"]) for group in optimizer.param_groups])
+            step += value
+        elif kind == "toggle":
+            toggle(controller, optimizer, value, step)
+        elif kind == "tamper":
+            write(optimizer.param_groups[0], value)
+        else:
+            change_all(controller, kind, value, step)
     return course
 
 
@@ -390,39 +394,28 @@ def test_two_ranks_that_do_the_same_hold_the_same() -> None:
     assert states[0]["violations"] == 1
 
 
-def damage(state: dict[str, Any], how: str) -> dict[str, Any]:
-    match how:
-        case "missing":
-            del state["groups"]
-        case "field":
-            state["groups"]["host"]["colour"] = 1
-        case "type":
-            state["groups"]["host"]["scale"] = "big"
-        case "nan":
-            state["groups"]["host"]["scale"] = math.nan
-        case "kind":
-            state["groups"]["host"]["kind"] = "pilot"
-        case "born":
-            state["groups"]["host"]["born_step"] = -1
-        case "progress":
-            state["groups"]["host"]["progress"] = 2.0
-        case "history":
-            state["history"].append([1, 2])
-        case "frozen":
-            state["groups"]["host"]["frozen"] = 1
-        case "conservative":
-            del state["conservative"]
-        case "list":
-            state["groups"] = []
-    return state
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "missing": lambda state: state.pop("groups"),
+    "conservative": lambda state: state.pop("conservative"),
+    "field": lambda state: state["groups"]["host"].update(colour=1),
+    "type": lambda state: state["groups"]["host"].update(scale="big"),
+    "nan": lambda state: state["groups"]["host"].update(scale=math.nan),
+    "kind": lambda state: state["groups"]["host"].update(kind="pilot"),
+    "born": lambda state: state["groups"]["host"].update(born_step=-1),
+    "progress": lambda state: state["groups"]["host"].update(progress=2.0),
+    "frozen": lambda state: state["groups"]["host"].update(frozen=1),
+    "base": lambda state: state.update(base_lr=0.0),
+    "history": lambda state: state["history"].append([1, 2]),
+    "list": lambda state: state.update(groups=[]),
+}
 
 
-@pytest.mark.parametrize(
-    "how", ["missing", "field", "type", "nan", "kind", "born", "progress", "history", "frozen", "conservative", "list"]
-)
+@pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_state_is_refused_and_changes_nothing(how: str) -> None:
     controller = with_seed()
     before = controller.state_dict()
+    damaged = host_only().state_dict()
+    DAMAGE[how](damaged)
     with pytest.raises(CheckpointMismatch):
-        controller.load_state_dict(damage(host_only().state_dict(), how))
+        controller.load_state_dict(damaged)
     assert controller.state_dict() == before

@@ -17,7 +17,8 @@ from tests.rig import Rig, same_bits, tiny_config
 from tolaria.errors import CheckpointMismatch, TaskError
 from tolaria.leyline.types import SeedStage
 from tolaria.optim.persist import state_tensors
-from tolaria.state import Mode, TrainState, load_rng_tensors, rng_tensors, seed_rank
+from tolaria.state import Mode, TrainState
+from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo import policy as do
 
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from tolaria.coordinator.decision import next_mode, refusal
+from tolaria.coordinator.optimizer_class import change_class, check_class, check_seed, names_class
 from tolaria.dist import Peers
 from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
 from tolaria.kasmina.host import PlannedMove
@@ -75,6 +76,7 @@ class Applied:
 class _Plan:
     seed_moves: tuple[PlannedMove, ...]
     tunings: tuple[Tuning, ...]
+    classes: tuple[OptimizerCommand, ...]
     breakers: tuple[BreakerCommand, ...]
     accepted: tuple[Command, ...]
     go_back: RollbackCommand | None = None
@@ -102,10 +104,10 @@ def apply_decision(
         same = len(set(peers.gather_digests(_plan_digest(decision, result)))) == 1
     if not same:
         _refuse(result, plan.accepted, "vote", "the ranks did not plan the same change")
-        plan = _Plan((), (), (), ())
+        plan = _Plan((), (), (), (), ())
     memento = state.memento()
     _enter_mode(state, decision, plan.breakers, healthy_boundaries)
-    if plan.seed_moves or plan.tunings:
+    if plan.seed_moves or plan.tunings or plan.classes:
         failure = _carry_out(plan, state, replica, peers, result, sample)
         if failure is not None:
             _go_back(memento, state, replica)
@@ -130,6 +132,7 @@ def _enter_mode(
 def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
     moves: list[PlannedMove] = []
     tunings: list[Tuning] = []
+    classes: list[OptimizerCommand] = []
     breakers: list[BreakerCommand] = []
     accepted: list[Command] = []
     touched: set[str] = set()
@@ -145,11 +148,17 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
             _check_command(command, state, touched)
             if command.command_type == CommandType.SEED:
                 planned = sum(p.numel() for m in moves if m.module is not None for p in m.module.parameters())
-                moves.append(state.kasmina.plan(command, already_planned=planned))
+                move = state.kasmina.plan(command, already_planned=planned)
+                check_seed(move, state)
+                moves.append(move)
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
-                tunings.append(_plan_tuning(command.command_id, command.payload, state, touched))
-                touched |= tunings[-1].touched
+                if names_class(command.payload):
+                    touched |= check_class(command.payload, state, touched)
+                    classes.append(command.payload)
+                else:
+                    tunings.append(_plan_tuning(command.command_id, command.payload, state, touched))
+                    touched |= tunings[-1].touched
             elif isinstance(command.payload, BreakerCommand):
                 breakers.append(command.payload)
             accepted.append(command)
@@ -161,8 +170,8 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
         # What else the decision asks for would be undone by the return.
         others = tuple(c for c in accepted if c is not returns[0])
         _refuse(result, others, "going_back", "the decision asks to go back to an earlier state")
-        return _Plan((), (), (), (returns[0],), returns[0].payload)  # type: ignore[arg-type]
-    return _Plan(tuple(moves), tuple(tunings), tuple(breakers), tuple(accepted))
+        return _Plan((), (), (), (), (returns[0],), returns[0].payload)  # type: ignore[arg-type]
+    return _Plan(tuple(moves), tuple(tunings), tuple(classes), tuple(breakers), tuple(accepted))
 
 
 def _check_command(command: Command, state: TrainState, touched: set[str]) -> None:
@@ -235,6 +244,8 @@ def _change(plan: _Plan, state: TrainState, replica: Replica) -> None:
             state.restart_warmup(group)
         elif move.seed_command.operation == SeedOp.FOSSILIZE:
             state.lr.follow_host(group)
+    for payload in plan.classes:
+        change_class(payload, state)
     replica.rebuild()
 
 

@@ -24,6 +24,8 @@ CLIP_NORM = "clip_norm"
 UNDO = "undo"
 """1, and alone: take back the newest command on these groups that was not taken back yet."""
 HYPERPARAMETERS = (LR, LR_SCALE, FREEZE, WEIGHT_DECAY, BETA1, BETA2, MOMENTUM, CLIP_NORM, UNDO)
+OPTIMIZER_CLASS = "class/"
+"""Beginning of the ``optimizer_id`` of an OptimizerCommand for another class: "class/sgd"."""
 
 
 class SeedStage(IntEnum):
@@ -203,7 +205,7 @@ class SeedCommand:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerCommand:
-    """``optimizer_id`` is a parameter-group name or a shell pattern of names ("host*", "*")."""
+    """``optimizer_id`` is a parameter-group name, a shell pattern of names ("host*", "*"), or "class/NAME"."""
 
     optimizer_id: str
     hyperparameters: Mapping[str, float] = field(default_factory=dict)

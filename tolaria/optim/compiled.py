@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_FORM = {"fused": False, "foreach": None}
+"""The form of the update that can be compiled; it is taken into one kernel all the same."""
+
 
 class CompiledStep:
     """Steps an optimizer whose groups are named. Local. The first step of each group blocks for its compilation.
@@ -39,7 +42,7 @@ class CompiledStep:
             optimizer.param_groups = groups
 
     def _make_ready(self, group: dict[str, Any]) -> None:
-        group["fused"], group["foreach"] = False, None
+        group.update({key: value for key, value in _FORM.items() if key in group})
         rate = self._rates.setdefault(group["name"], torch.zeros((), dtype=torch.float64))
         if group["lr"] is not rate:
             # Always the same tensor, also when the group was made again or restored: another one is another input.

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tolaria.config_tuning import LRConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.optim.integrity import LRViolation, RateWriter
-from tolaria.optim.schedule import Kind, group_share, policy_of, rewarm_share
+from tolaria.optim.schedule import Kind, checked_rate, group_share, policy_of, rewarm_share
 
 Cause: TypeAlias = Literal["added", "removed", "command", "undo", "follow_host", "restarted", "rewarm", "mode"]
 
@@ -71,12 +71,10 @@ class LRController:
     """
 
     def __init__(self, config: LRConfig, base_lr: float, total_steps: int) -> None:
-        if not (math.isfinite(base_lr) and base_lr > 0):
-            raise ValueError(f"base_lr={base_lr!r}: expected a finite number above 0")
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r}: expected 1 or more")
         self._config = config
-        self._base_lr = base_lr
+        self._base_lr = self._configured_lr = checked_rate(base_lr)
         self._total_steps = total_steps
         self._groups: dict[str, _Group] = {}
         self._writer = RateWriter()
@@ -179,6 +177,13 @@ class LRController:
 
     # Rates
 
+    def set_base_rate(self, base_lr: float) -> None:
+        """Replace the host's peak rate; what commands did to groups stays. Raises ValueError unless it is above 0."""
+        before = {name: self.lr_at(name, self._next_step) for name in self._groups}
+        self._base_lr = checked_rate(base_lr)
+        for name, old_lr in before.items():
+            self._record(name, "command", old_lr)
+
     def lr_at(self, name: str, step: int) -> float:
         """The rate of a group at ``step`` as things stand now. Changes nothing. Raises KeyError."""
         return self._rate(name, self._group(name), step)
@@ -239,6 +244,7 @@ class LRController:
             "next_step": self._next_step,
             "rewarm": list(self._rewarm),
             "conservative": self._conservative,
+            "base_lr": None if self._base_lr == self._configured_lr else self._base_lr,
             "history": [list(change) for change in self._history],
         }
 
@@ -250,12 +256,14 @@ class LRController:
             violations, next_step = int(state["violations"]), int(state["next_step"])
             rewarm_start, rewarm_steps = map(int, state["rewarm"])
             conservative = bool(state["conservative"])
+            base_lr = self._configured_lr if state["base_lr"] is None else checked_rate(float(state["base_lr"]))
             sound = all(group.is_sound for group in groups.values())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointMismatch(f"saved learning-rate state is malformed: {error!r}") from error
         if not sound:
             raise CheckpointMismatch(f"saved learning-rate state holds a value out of its range: {groups}")
         self._groups = groups
+        self._base_lr = base_lr
         self._writer.forget()
         self._history = deque(history, maxlen=HISTORY_LENGTH)
         self._found, self._violations, self._next_step = 0, violations, next_step
@@ -286,6 +294,5 @@ class LRController:
         self._record(name, cause, old_lr, step)
 
     def _record(self, name: str, cause: Cause, old_lr: float, step: int | None = None) -> None:
-        at = self._next_step if step is None else step
-        group = self._groups[name]
+        at, group = self._next_step if step is None else step, self._groups[name]
         self._history.append(LRChange(at, name, cause, old_lr, self._rate(name, group, at), group.scale))

@@ -1,7 +1,7 @@
 """An optimizer's state and options by name, for checkpoints, digests and broadcasts. All functions are local."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,63 +9,77 @@ from torch.optim import Optimizer
 
 from tolaria.errors import CheckpointMismatch
 from tolaria.optim.groups import (
-    IDENTITY_KEYS,
+    MACHINE_KEYS,
     OptimizerStateError,
-    blank_like,
+    further_options,
     group_name,
     listed,
     named_parameters,
     options_of,
+    state_it_would_make,
     state_of,
 )
 
-# How an update is computed, not what it is: this machine's choice, so neither saved nor loaded.
-_MACHINE_KEYS = frozenset({"fused", "foreach", "capturable", "differentiable"})
+Scalar: TypeAlias = bool | int | float | str
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``"<parameter name>/<key>"`` -> live tensor (no copy).
 
-    Parameters that were never updated have none. Raises OptimizerStateError for state that is not a tensor.
+    Parameters that were never updated have none. Raises OptimizerStateError for state that is neither a tensor nor a
+    plain value.
     """
-    found: dict[str, Tensor] = {}
-    for name, parameter in named_parameters(optimizer).items():
-        for key, value in state_of(optimizer, parameter).items():
-            if value is None:
-                continue
-            if not isinstance(value, Tensor):
-                raise OptimizerStateError(f"state {key!r} of {name!r} is a {type(value).__name__}, not a tensor")
-            found[f"{name}/{key}"] = value
-    return found
+    return {name: value for name, value in _state(optimizer) if isinstance(value, Tensor)}
 
 
-def load_state_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the optimizer's whole state by copies of ``tensors``, named as `state_tensors` names them.
+def state_scalars(optimizer: Optimizer) -> dict[str, Scalar]:
+    """The part of the state that is plain numbers, truth values or text, named as in `state_tensors`; JSON-able.
+
+    Raises what `state_tensors` raises.
+    """
+    return {name: value for name, value in _state(optimizer) if not isinstance(value, Tensor)}
+
+
+def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Scalar]) -> None:
+    """Replace the optimizer's whole state by copies of what `state_tensors` and `state_scalars` gave.
 
     State that has the form already is overwritten in place. Parameters without an entry end up without state.
     Raises CheckpointMismatch, with nothing changed, when a name is unknown, or a parameter's keys, a shape or a
     dtype are not those that this optimizer would make itself.
     """
-    present = state_tensors(optimizer)
-    if same_form(present, tensors):
-        copy_tensors(tensors, present)
+    if has_form(optimizer, tensors, scalars):
+        copy_tensors(tensors, state_tensors(optimizer))
+        set_scalars(optimizer, scalars)
         return
-    saved: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
+    saved: dict[str, dict[str, Any]] = {}
+    for full_name, value in (*tensors.items(), *scalars.items()):
         name, _, key = full_name.rpartition("/")
-        saved.setdefault(name, {})[key] = tensor
+        saved.setdefault(name, {})[key] = value
     unknown = sorted(saved.keys() - named_parameters(optimizer).keys())
     if unknown:
         raise CheckpointMismatch(f"saved optimizer state of parameters that are not trained here: {listed(unknown)}")
-    loaded: list[tuple[Tensor, dict[str, Tensor]]] = []
+    loaded: list[tuple[Tensor, dict[str, Any]]] = []
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                own = _state_it_would_make(optimizer, group, parameter)
+                own = state_it_would_make(optimizer, group, parameter)
                 loaded.append((parameter, _filled(name, own, saved[name])))
     optimizer.state.clear()
     for parameter, state in loaded:
         optimizer.state[parameter] = state
+
+
+def has_form(optimizer: Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Scalar]) -> bool:
+    """Whether the optimizer's state has exactly these tensors, by name, shape and type, and scalars, by name."""
+    return same_form(state_tensors(optimizer), tensors) and state_scalars(optimizer).keys() == scalars.keys()
+
+
+def set_scalars(optimizer: Optimizer, scalars: Mapping[str, Scalar]) -> None:
+    """Overwrite the scalars of the state by those of the same names. Raises KeyError for an unknown parameter."""
+    parameters = named_parameters(optimizer)
+    for full_name, value in scalars.items():
+        name, _, key = full_name.rpartition("/")
+        optimizer.state[parameters[name]][key] = value
 
 
 def same_form(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -94,7 +108,7 @@ def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
             "options": {
                 key: _plain(value, f"option {key!r} of group {group_name(group)!r}")
                 for key, value in options_of(group).items()
-                if key not in _MACHINE_KEYS
+                if key not in MACHINE_KEYS
             },
         }
         for group in optimizer.param_groups
@@ -104,8 +118,9 @@ def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
 def load_group_options(optimizer: Optimizer, saved: Iterable[Mapping[str, Any]]) -> None:
     """Set the options that `group_options` gave, matched by group name.
 
-    Raises CheckpointMismatch, with nothing changed, unless the groups' names and each group's parameter names are the
-    same and every saved option exists here.
+    A group may have options that the optimizer's class does not know; afterwards it has those that were saved, and no
+    others. Raises CheckpointMismatch, with nothing changed, unless the groups' names and each group's parameter names
+    are the same.
     """
     by_name = {str(entry["name"]): entry for entry in saved}
     groups = {group_name(group): group for group in optimizer.param_groups}
@@ -115,42 +130,44 @@ def load_group_options(optimizer: Optimizer, saved: Iterable[Mapping[str, Any]])
         differing = set(by_name[name]["param_names"]) ^ set(group["param_names"])
         if differing:
             raise CheckpointMismatch(f"optimizer group {name!r}: only on one side: {listed(sorted(differing))}")
-        unknown = by_name[name]["options"].keys() - (group.keys() - IDENTITY_KEYS)
-        if unknown:
-            raise CheckpointMismatch(f"optimizer group {name!r}: unknown options {listed(sorted(unknown))}")
     for name, group in groups.items():
-        for key, value in by_name[name]["options"].items():
-            if isinstance(group[key], Tensor):  # a learning rate that compiled code reads
+        options = by_name[name]["options"]
+        for key in further_options(optimizer, group).keys() - options.keys():
+            del group[key]
+        for key, value in options.items():
+            if isinstance(group.get(key), Tensor):  # a learning rate that compiled code reads
                 group[key].fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 
-def _state_it_would_make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-    """The state that a first step with these options creates, found by making one with a stand-in parameter.
-
-    The optimizer itself is the only place that knows its keys, their dtypes and devices ("step" is on the CPU or
-    beside the parameter, as fused and capturable say).
-    """
-    stand_in = torch.zeros_like(parameter, requires_grad=True)
-    stand_in.grad = torch.zeros_like(parameter)
-    probe = blank_like(optimizer, [{**options_of(group), "params": [stand_in]}])
-    probe.step()
-    return {key: value for key, value in state_of(probe, stand_in).items() if isinstance(value, Tensor)}
+def _state(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    """Full name and value of all that is held of any parameter."""
+    for name, parameter in named_parameters(optimizer).items():
+        for key, value in state_of(optimizer, parameter).items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor | Scalar):
+                raise OptimizerStateError(f"state {key!r} of {name!r} is a {type(value).__name__}, not a tensor")
+            yield f"{name}/{key}", value
 
 
-def _filled(name: str, own: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, Tensor]:
+def _filled(name: str, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     if own.keys() != saved.keys():
         raise CheckpointMismatch(
             f"optimizer state of {name!r} holds {sorted(saved)}, this optimizer's has {sorted(own)}"
         )
-    for key, tensor in saved.items():
-        if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype):
+    for key, value in saved.items():
+        if _form(value) != _form(own[key]):
             raise CheckpointMismatch(
-                f"optimizer state {key!r} of {name!r} is {tensor.dtype} {tuple(tensor.shape)}; "
-                f"expected {own[key].dtype} {tuple(own[key].shape)}"
+                f"optimizer state {key!r} of {name!r} is {_form(value)}; expected {_form(own[key])}"
             )
-    return {key: tensor.copy_(saved[key]) for key, tensor in own.items()}
+    return {key: value.copy_(saved[key]) if isinstance(value, Tensor) else saved[key] for key, value in own.items()}
+
+
+def _form(value: Any) -> str:
+    # Which kind of number it is may change as the optimizer goes on.
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "a plain value"
 
 
 def _plain(value: Any, what: str) -> Any:

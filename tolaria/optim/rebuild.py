@@ -6,13 +6,16 @@ matched by parameter name. What can not be matched raises; nothing is lost silen
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Muon, Optimizer
 
 from tolaria.config import OptimConfig
+from tolaria.errors import ConfigError, TaskError
+from tolaria.optim.classes import BUILT_IN, FUSED, keywords, optimizer_class
 from tolaria.optim.groups import (
     OptimizerStateError,
     blank_like,
@@ -20,19 +23,31 @@ from tolaria.optim.groups import (
     listed,
     named_parameters,
     options_of,
+    state_it_would_make,
     state_of,
 )
-from tolaria.optim.persist import group_options, load_group_options, load_state_tensors, state_tensors
+from tolaria.optim.persist import (
+    Scalar,
+    group_options,
+    load_group_options,
+    load_state,
+    state_scalars,
+    state_tensors,
+)
+from tolaria.task import users_code
 
 __all__ = [
     "Groups",
     "OptimizerStateError",
     "build_optimizer",
+    "carry_hooks",
+    "check_takes",
     "group_options",
     "load_group_options",
-    "load_state_tensors",
+    "load_state",
     "named_parameters",
     "regroup",
+    "state_scalars",
     "state_tensors",
 ]
 
@@ -53,28 +68,34 @@ def build_optimizer(cfg: OptimConfig, groups: Groups, device: torch.device) -> O
     """A new optimizer with one parameter group per entry of ``groups`` (group name -> parameter name -> parameter).
 
     Fused where the class and all parameters allow it on ``device``, else foreach. Groups may be empty. Raises
-    ValueError when there is no group, or when a name or a parameter occurs twice.
+    ValueError when there is no group, or when a name or a parameter occurs twice; ConfigError when the class does not
+    take a parameter; TaskError when a class of the user's own is not there or can not be built.
     """
     _check_groups(groups)
+    cls = optimizer_class(cfg.name)
+    arguments = keywords(cls, cfg)
     parameters = [parameter for members in groups.values() for parameter in members.values()]
-    fused = device.type in _FUSED_DEVICES and all(_is_fusable(parameter) for parameter in parameters)
-    foreach = None if fused else True
+    if cls in FUSED and device.type in _FUSED_DEVICES and all(_is_fusable(parameter) for parameter in parameters):
+        arguments["fused"] = True
+    elif cfg.name in BUILT_IN and cls is not Muon:
+        arguments["foreach"] = True
+    if cls is Muon:
+        _check_matrices(groups)
     entries = [_entry(name, members, {}) for name, members in groups.items()]
-    match cfg.name:
-        case "adam" | "adamw":
-            return (Adam if cfg.name == "adam" else AdamW)(
-                entries, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay,
-                fused=fused, foreach=foreach,
-            )  # fmt: skip
-        case "sgd":
-            return SGD(
-                entries, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused, foreach=foreach
-            )
-        case "rmsprop":  # torch has no fused form of it
-            return RMSprop(
-                entries, lr=cfg.lr, alpha=cfg.beta2, eps=cfg.eps, weight_decay=cfg.weight_decay,
-                momentum=cfg.momentum, foreach=True,
-            )  # fmt: skip
+    with nullcontext() if cfg.name in BUILT_IN else users_code(f"optim.name={cfg.name!r}: building it"):
+        optimizer = cls(entries, **arguments)
+    if [group.get("name") for group in optimizer.param_groups if "lr" in group] != list(groups):
+        raise TaskError(f"optim.name={cfg.name!r}: expected it to keep the groups it is given, each with an 'lr'")
+    return optimizer
+
+
+def _check_matrices(groups: Groups) -> None:
+    others = [f"{name} {tuple(p.shape)}" for members in groups.values() for name, p in members.items() if p.ndim != 2]
+    if others:
+        raise ConfigError(
+            f"optim.name='muon' updates matrices only, and here are {listed(others)}; choose another optimizer, "
+            "such as adamw. Most seeds have parameters of one dimension too"
+        )
 
 
 def regroup(
@@ -90,7 +111,8 @@ def regroup(
     - A group that keeps its name keeps its options; a new one gets the optimizer's own defaults, then ``defaults``.
     - A parameter that keeps its name keeps its state: the same tensor objects, also when it changes its group. When
       it grew in shape, the old block of each parameter-shaped tensor is copied and the new part is filled with
-      ``fill[key]`` (key as in the state, e.g. "exp_avg_sq"), else 0.
+      ``fill[key]`` (key as in the state, e.g. "exp_avg_sq"), else as the optimizer itself begins (0 in most; in
+      Adagrad's "sum" its initial_accumulator_value). Numbers of the parameter as a whole ("step") stay.
     - A name that had state and is gone must be listed in ``dropped``. Names without state may be listed; a name that
       is still in ``groups`` may not.
     - Hooks on the optimizer go along.
@@ -104,37 +126,58 @@ def regroup(
     fresh = {**optimizer.defaults, **(defaults or {})}
     entries = [_entry(name, members, old_options.get(name, fresh)) for name, members in groups.items()]
     _check_fusable(entries)
-    states = _matched_states(optimizer, groups, frozenset(dropped), fill or {})
+    _check_dropped(optimizer, groups, frozenset(dropped))
+    states = _matched_states(optimizer, entries, fill or {})
     new = blank_like(optimizer, entries)
-    for table in _HOOK_TABLES:  # the table itself, so that a handle held by the hook's owner still removes it
-        setattr(new, table, getattr(optimizer, table))
+    carry_hooks(optimizer, new)
     for parameter, state in states:
         new.state[parameter] = state
     return new
 
 
-def _matched_states(
-    optimizer: Optimizer, groups: Groups, dropped: frozenset[str], fill: Mapping[str, float]
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    new = {name: parameter for members in groups.values() for name, parameter in members.items()}
-    contradicting = sorted(dropped & new.keys())
+def carry_hooks(old: Optimizer, new: Optimizer) -> None:
+    """Let the hooks on ``old`` be those of ``new``."""
+    for table in _HOOK_TABLES:  # the table itself, so that a handle held by the hook's owner still removes it
+        setattr(new, table, getattr(old, table))
+
+
+def check_takes(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise OptimizerStateError unless a group of these parameters (by name) could join the optimizer."""
+    blank_like(optimizer, [_entry("new", parameters, optimizer.defaults)])
+
+
+def _check_dropped(optimizer: Optimizer, groups: Groups, dropped: frozenset[str]) -> None:
+    new = {name for members in groups.values() for name in members}
+    contradicting = sorted(dropped & new)
     if contradicting:
         raise OptimizerStateError(f"parameters both dropped and trained: {listed(contradicting)}")
-    old = {name: (p, state_of(optimizer, p)) for name, p in named_parameters(optimizer).items()}
-    lost = sorted(name for name, (_, state) in old.items() if state and name not in new and name not in dropped)
+    had = sorted(name for name, parameter in named_parameters(optimizer).items() if state_of(optimizer, parameter))
+    lost = [name for name in had if name not in new and name not in dropped]
     if lost:
         raise OptimizerStateError(f"optimizer state would be lost (list it in 'dropped' if meant): {listed(lost)}")
-    return [
-        (new[name], {key: _carried(f"{name}/{key}", value, parameter, new[name], fill.get(key, 0.0))
-                     for key, value in state.items()})
-        for name, (parameter, state) in old.items()
-        if state and name in new
-    ]  # fmt: skip
 
 
-def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: float) -> Any:
-    """State ``value`` of the parameter ``old`` as state of ``new``."""
-    if value is None or isinstance(value, bool | int | float | str):
+def _matched_states(
+    optimizer: Optimizer, entries: list[dict[str, Any]], fill: Mapping[str, float]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    old = {name: (p, state_of(optimizer, p)) for name, p in named_parameters(optimizer).items()}
+    matched = []
+    for entry in entries:
+        for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
+            before, state = old.get(name, (parameter, {}))
+            if state:
+                begin = {} if before.shape == parameter.shape else state_it_would_make(optimizer, entry, parameter)
+                carried = {
+                    key: _carried(f"{name}/{key}", value, before, parameter, fill.get(key, begin.get(key, 0.0)))
+                    for key, value in state.items()
+                }
+                matched.append((parameter, carried))
+    return matched
+
+
+def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
+    """State ``value`` of the parameter ``old`` as state of ``new``; ``fill``: a number or a tensor of its shape."""
+    if value is None or isinstance(value, Scalar):
         return value
     if not isinstance(value, Tensor):
         raise OptimizerStateError(f"state {what} is a {type(value).__name__}; only tensors and plain values carry over")
@@ -153,7 +196,8 @@ def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: float) -> An
             f"state {what} of shape {tuple(value.shape)} can not follow its parameter from {tuple(old.shape)} "
             f"to {tuple(new.shape)}: only growth along existing dimensions can be matched"
         )
-    grown = torch.full_like(new, fill, dtype=value.dtype, device=value.device, requires_grad=False)
+    grown = torch.empty_like(new, dtype=value.dtype, device=value.device, requires_grad=False)
+    grown.copy_(torch.as_tensor(fill))
     grown[tuple(slice(size) for size in value.shape)] = value
     return grown
 

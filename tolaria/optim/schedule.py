@@ -13,6 +13,13 @@ REWARM_START = 0.1  # share of every rate right after a return to an earlier sta
 ADAPTIVE_START = 0.1  # share of the host's rate with which a seed starts under morpho_adaptive
 
 
+def checked_rate(base_lr: float) -> float:
+    """``base_lr`` as it is. Raises ValueError unless it is a finite number above 0."""
+    if not (math.isfinite(base_lr) and base_lr > 0):
+        raise ValueError(f"base_lr={base_lr!r}: expected a finite number above 0")
+    return base_lr
+
+
 def policy_of(config: LRConfig, name: str, kind: Kind) -> str:
     """The policy of a group: that of the first pattern in ``lr.group_policies`` which its name matches, else the
     one that its kind has."""

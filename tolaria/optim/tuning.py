@@ -113,6 +113,10 @@ class Tuner:
         """A group is gone: nothing of it can be undone any more."""
         self._keep(lambda command_id, change: change.group != group)
 
+    def class_changed(self) -> None:
+        """The optimizer is another one: what its options were before is nothing to go back to."""
+        self._keep(lambda command_id, change: change.key in (LR_SCALE, FREEZE))
+
     def state_dict(self) -> dict[str, Any]:
         """What can be undone, oldest first, as JSON."""
         return {"done": [[command_id, [list(c) for c in changes]] for command_id, changes in self._done]}

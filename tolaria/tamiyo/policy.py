@@ -35,6 +35,7 @@ from tolaria.leyline.types import (
     HYPERPARAMETERS,
     LR,
     LR_SCALE,
+    OPTIMIZER_CLASS,
     UNDO,
     BreakerCommand,
     CircuitState,
@@ -201,6 +202,21 @@ def thaw(group: str, *, reason: str = "") -> Command:
 def undo(group: str = "*", *, reason: str = "") -> Command:
     """Take back the newest optimizer command on these groups that was not taken back yet."""
     return set_optimizer(group, reason=reason, **{UNDO: 1.0})
+
+
+def change_optimizer(
+    name: str, *, lr: float | None = None, momentum: float | None = None, weight_decay: float | None = None,
+    reason: str = "",
+) -> Command:  # fmt: skip
+    """Go on with another optimizer: one of ``optim.name``'s, or the class that the run was configured with.
+
+    At least one setting has to be given, for all groups: ``lr``, the host's new peak rate (needed unless both are of
+    adam, adamw and nadam, which also keep their state), ``momentum``, ``weight_decay``.
+    """
+    settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    given = {key: value for key, value in settings.items() if value is not None}
+    payload = OptimizerCommand(optimizer_id=f"{OPTIMIZER_CLASS}{name}", hyperparameters=given)
+    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
 
 
 def rollback(*, step: int | None = None, reason: str = "") -> Command:

@@ -29,6 +29,8 @@ order of the file:
     set_optimizer   group and one or more of lr, lr_scale, freeze (1 or 0), weight_decay, beta1, beta2, momentum,
                     clip_norm
     undo            group: takes back the newest of these commands on it that was not taken back yet
+    change_optimizer
+                    optimizer (its name), lr, momentum, weight_decay (one of the three at least)
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
@@ -43,9 +45,7 @@ from typing import Any
 from tolaria.errors import ConfigError, MessageRejected
 from tolaria.leyline.codec import encode_command
 from tolaria.leyline.types import (
-    FREEZE,
     HYPERPARAMETERS,
-    LR_SCALE,
     UNDO,
     Command,
     EmergencyLevel,
@@ -71,6 +71,7 @@ _KEYS: dict[str, dict[str, Any]] = {
     "thaw": {"group": str},
     "set_optimizer": {"group": str, **dict.fromkeys(_TUNED, _NUMBER)},
     "undo": {"group": str},
+    "change_optimizer": {"optimizer": str, "lr": _NUMBER, "momentum": _NUMBER, "weight_decay": _NUMBER},
     "rollback": {"step": int},
     "conservative": {"on": bool},
     "pause": {},
@@ -136,7 +137,7 @@ def _read_entry(entry: Any, where: str) -> tuple[int, Command | EmergencySignal]
         if key not in accepted:
             raise ConfigError(f"{where}: unknown key {key!r}; expected {', '.join(accepted)}")
         _check_type(value, accepted[key], f"{where}: {key}")
-    optional = _OPTIONAL | set(_TUNED) if op == "set_optimizer" else _OPTIONAL
+    optional = _OPTIONAL | set(_TUNED) if op in ("set_optimizer", "change_optimizer") else _OPTIONAL
     missing = [key for key in accepted if key not in entry and key not in optional]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
@@ -161,8 +162,8 @@ def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
     reason = entry.get("reason", "script")
     match op:
-        case "scale_lr" | "set_lr" | "freeze" | "thaw" | "set_optimizer" | "undo":
-            return do.set_optimizer(entry["group"], reason=reason, **_hyperparameters(op, entry))
+        case "scale_lr" | "set_lr" | "freeze" | "thaw" | "set_optimizer" | "undo" | "change_optimizer":
+            return _optimizer_command(op, entry, reason)
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
         case "conservative":
@@ -177,16 +178,18 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
             )
 
 
-def _hyperparameters(op: str, entry: Mapping[str, Any]) -> dict[str, float]:
+def _optimizer_command(op: str, entry: Mapping[str, Any], reason: str) -> Command:
+    values = {name: float(entry[name]) for name in _TUNED if name in entry}
     match op:
+        case "change_optimizer":
+            return do.change_optimizer(entry["optimizer"], **values, reason=reason)
         case "scale_lr":
-            return {LR_SCALE: float(entry["factor"])}
-        case "freeze" | "thaw":
-            return {FREEZE: float(op == "freeze")}
-        case "undo":
-            return {UNDO: 1.0}
+            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "freeze" | "thaw" | "undo":
+            make = {"freeze": do.freeze, "thaw": do.thaw, "undo": do.undo}[op]
+            return make(entry["group"], reason=reason)
         case _:
-            return {name: float(entry[name]) for name in _TUNED if name in entry}
+            return do.set_optimizer(entry["group"], reason=reason, **values)
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
