@@ -6,6 +6,8 @@ from tolaria.config_tuning import LRConfig, TuningConfig
 from tolaria.errors import CommandRefused
 from tolaria.leyline.types import BETA1, BETA2, CLIP_NORM, LR, MOMENTUM, WEIGHT_DECAY
 
+ROUNDING = 1e-6
+"""Numbers come as 32-bit floats: what misses a bound by this much of it, after a few steps, was meant to meet it."""
 _FACTORS = {WEIGHT_DECAY: "weight_decay_factor", CLIP_NORM: "clip_norm_factor"}
 _CHANGES = {BETA1: "beta_change", BETA2: "beta_change", MOMENTUM: "momentum_change"}
 
@@ -26,8 +28,7 @@ def check_scale(
     wanted = value / unscaled if key == LR else old * value
     low, high = lr_config.min_scale, lr_config.max_scale
     scale = min(max(wanted, low), high)
-    # Factors that lead back to a bound may miss it by rounding; that is no reason to refuse.
-    if not math.isclose(wanted, scale, rel_tol=1e-9):
+    if not math.isclose(wanted, scale, rel_tol=ROUNDING):
         bound = f"at most {high:g} (lr.max_scale)" if wanted > high else f"at least {low:g} (lr.min_scale)"
         raise CommandRefused(
             "lr_out_of_bounds", f"lr of {group!r}: total factor {old:g} -> {wanted:g}, allowed {bound}"
@@ -49,7 +50,7 @@ def check_change(config: TuningConfig, group: str, key: str, old: float, new: fl
             _by_factor(key, group, old, new, getattr(config, _FACTORS[key]), _FACTORS[key])
         return
     most = getattr(config, _CHANGES[key])
-    if abs(new - old) > most + 1e-9:
+    if abs(new - old) > most * (1 + ROUNDING):
         _refuse_rate(key, group, old, new, max(0.0, old - most), old + most, _CHANGES[key])
 
 
@@ -61,7 +62,7 @@ def _within(key: str, group: str, old: float, new: float, low: tuple[float, str]
 
 
 def _by_factor(key: str, group: str, old: float, new: float, factor: float, name: str) -> None:
-    if not old / factor * (1 - 1e-9) <= new <= old * factor * (1 + 1e-9):
+    if not old / factor * (1 - ROUNDING) <= new <= old * factor * (1 + ROUNDING):
         _refuse_rate(key, group, old, new, old / factor, old * factor, name)
 
 
