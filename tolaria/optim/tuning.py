@@ -7,7 +7,7 @@ Every method is local; ranks that make the same calls hold the same.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,8 +102,7 @@ class Tuner:
         for change in tuning.changes:
             _put(groups[change.group], lr, change, step, "undo" if tuning.undoes else "command")
         if tuning.undoes:
-            back = {(change.group, change.key) for change in tuning.changes}
-            self._keep(lambda command_id, c: command_id != tuning.undoes or (c.group, c.key) not in back)
+            self._taken_back(tuning)
             return
         made = tuple(change for change in tuning.changes if change.new != change.old)
         if made:
@@ -111,11 +110,11 @@ class Tuner:
 
     def forget(self, group: str) -> None:
         """A group is gone: nothing of it can be undone any more."""
-        self._keep(lambda command_id, change: change.group != group)
+        self._keep(lambda change: change.group != group)
 
     def class_changed(self) -> None:
         """The optimizer is another one: what its options were before is nothing to go back to."""
-        self._keep(lambda command_id, change: change.key in (LR_SCALE, FREEZE))
+        self._keep(lambda change: change.key in (LR_SCALE, FREEZE))
 
     def state_dict(self) -> dict[str, Any]:
         """What can be undone, oldest first, as JSON."""
@@ -151,8 +150,14 @@ class Tuner:
                 return Tuning(command_id, tuple(back), undoes)
         raise CommandRefused("nothing_to_undo", f"no command on {', '.join(sorted(wanted))} is left to undo")
 
-    def _keep(self, stays: Any) -> None:
-        kept = ((i, tuple(c for c in changes if stays(i, c))) for i, changes in self._done)
+    def _taken_back(self, tuning: Tuning) -> None:
+        back = {(change.group, change.key) for change in tuning.changes}
+        at = max(at for at, (command_id, _) in enumerate(self._done) if command_id == tuning.undoes)
+        left = tuple(change for change in self._done[at][1] if (change.group, change.key) not in back)
+        self._done[at : at + 1] = [(tuning.undoes, left)] if left else []
+
+    def _keep(self, stays: Callable[[Change], bool]) -> None:
+        kept = ((command_id, tuple(filter(stays, changes))) for command_id, changes in self._done)
         self._done = [(command_id, changes) for command_id, changes in kept if changes]
 
 
