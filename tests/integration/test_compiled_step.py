@@ -78,11 +78,31 @@ def test_no_change_of_a_rate_compiles_again_and_parameters_equal_those_of_the_pl
             rates = [group["lr"] for group in rig.state.optimizer.param_groups]
             assert all(isinstance(rate, Tensor) == compiled for rate in rates)
             assert rig.told("lr_violation") == []
-    assert counters["stats"]["unique_graphs"] >= 2
+    assert graphs() >= 2
     for plain, compiled_ in zip(*courses, strict=True):
         assert plain.keys() == compiled_.keys()
         for key, tensor in plain.items():
             torch.testing.assert_close(compiled_[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_growth_and_cull_compile_the_steps_of_new_groups_and_of_no_other(tmp_path: Path) -> None:
+    with Rig.build(tmp_path, config=config_of("adamw", compiled=True)) as rig:
+        rig.train(2)
+        assert graphs() == 1
+        for slot in ("early", "late"):
+            before = graphs()
+            rig.grow(slot, SeedStage.TRAINING)
+            rig.boundary(do.set_optimizer("*", clip_norm=0.5 if slot == "early" else 0.7))
+            rig.train(2)
+            assert graphs() == before + 1
+        with torch.compiler.set_stance("fail_on_recompile"):
+            rig.boundary(do.cull("early"))
+            rig.train(2)
+        assert {name.split("/")[1] for name in rig.state.tensors() if name.startswith("seed/")} == {"late"}
 
 
 def test_another_hyperparameter_compiles_its_group_again_and_takes_effect(tmp_path: Path) -> None:
@@ -92,10 +112,10 @@ def test_another_hyperparameter_compiles_its_group_again_and_takes_effect(tmp_pa
         folder.mkdir()
         with Rig.build(folder, config=config_of("sgd", compiled=compiled)) as rig:
             rig.train(2)
-            before = counters["stats"]["unique_graphs"]
+            before = graphs()
             assert rig.boundary(do.set_optimizer("host", weight_decay=0.1)).outcomes[0].applied
             rig.train(2)
-            assert counters["stats"]["unique_graphs"] - before == compiled
+            assert graphs() - before == compiled
             ends.append({name: tensor.clone() for name, tensor in rig.state.tensors().items()})
     for key, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][key], tensor, rtol=1e-4, atol=1e-6)
@@ -113,3 +133,9 @@ def test_a_compiled_run_saves_and_loads_what_a_plain_one_does(tmp_path: Path) ->
         with torch.compiler.set_stance("fail_on_recompile"):
             rig.train(2)
         assert rig.state.digest() == ends
+    (tmp_path / "resumed").mkdir()
+    with Rig.build(tmp_path / "resumed", config=config_of("sgd", compiled=True)) as resumed:
+        resumed.state.load(tensors, meta)
+        resumed.replica.rebuild(first=True)
+        resumed.train(2)
+        assert resumed.state.digest() == ends
