@@ -158,7 +158,7 @@ class Rig:
         replica = Replica(state, world, config, events)
         replica.rebuild(first=True)
         seed_rank(config.run.seed, 0, world.global_rank)
-        step = TrainStep(state, replica, events, clip_norm=config.train.clip_norm, debug=False)
+        step = TrainStep(state, replica, events, debug=False, compiled=config.optim.compile_step)
         evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
         return cls(config, world, task, state, loader, replica, step, evaluator, events, folder / "events.jsonl")
 
@@ -168,8 +168,9 @@ class Rig:
         return list(self.loader.batches(self.task.train, plan))
 
     def take_step(self, group: list[Batch] | None = None) -> StepResult:
-        """One optimizer step; nothing is counted, and no fence stands before the update."""
-        return self.step(self.batches() if group is None else group, lambda: Verdict(stop_signal=0, level=0, loss=None))
+        """One optimizer step; nothing is counted, and the verdict before the update is this rank's alone."""
+        told = Verdict(stop_signal=0, level=0, loss=None, lr_changed=self.state.lr.take_found() > 0)
+        return self.step(self.batches() if group is None else group, lambda: told)
 
     def train(self, steps: int = 1) -> None:
         """Take optimizer steps, as the loop does."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from tolaria.config_fields import doc, require
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
+from tolaria.config_tuning import LRConfig, TuningConfig
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -116,6 +117,7 @@ class OptimConfig:
     beta2: float = doc(0.999, "second-moment decay (adam, adamw, nadam); smoothing (rmsprop)")
     eps: float = doc(1e-8, "denominator term (all but sgd)")
     momentum: float = doc(0.9, "momentum (sgd, rmsprop, muon)")
+    compile_step: bool = doc(False, "run the optimizer step through torch.compile instead of its fused kernel")
 
     def __post_init__(self) -> None:
         known = self.name in OPTIMIZERS or all(self.name.partition(":"))
@@ -125,33 +127,6 @@ class OptimConfig:
         for key in ("beta1", "beta2", "momentum"):
             require(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "0 <= value < 1")
         require(self.eps > 0, "optim.eps", self.eps, "more than 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LRConfig:
-    """Schedules of the learning rate, and the bounds of commands."""
-
-    policy: Literal["constant", "linear", "cosine", "step", "wsd"] = doc("cosine", "schedule of the host")
-    warmup_steps: int = doc(0, "steps of linear warm-up")
-    final_ratio: float = doc(0.1, "last learning rate as a share of the peak (linear, cosine, wsd)")
-    decay_steps: int = doc(0, "steps until the end of the schedule; 0: the planned length of the run")
-    step_every: int = doc(1000, "steps between drops (step)")
-    step_factor: float = doc(0.5, "factor of each drop (step)")
-    wsd_decay_share: float = doc(0.2, "share of the run that decays (wsd)")
-    seed_policy: Literal["seed_warmup", "morpho_adaptive", "frozen"] = doc("seed_warmup", "schedule of seeds")
-    seed_ratio: float = doc(1.0, "seed learning rate as a share of the host's, after warm-up")
-    seed_warmup_steps: int = doc(20, "steps of a seed's warm-up, from 0.01 of its rate")
-    min_scale: float = doc(0.01, "smallest total factor that commands may reach")
-    max_scale: float = doc(10.0, "largest total factor that commands may reach")
-
-    def __post_init__(self) -> None:
-        for key in ("warmup_steps", "decay_steps", "seed_warmup_steps"):
-            require(getattr(self, key) >= 0, f"lr.{key}", getattr(self, key), "0 or more")
-        require(self.step_every >= 1, "lr.step_every", self.step_every, "1 or more")
-        for key in ("final_ratio", "step_factor", "wsd_decay_share", "seed_ratio"):
-            require(0 <= getattr(self, key) <= 1, f"lr.{key}", getattr(self, key), "0 to 1")
-        require(0 < self.min_scale <= 1, "lr.min_scale", self.min_scale, "more than 0, at most 1")
-        require(1 <= self.max_scale <= 1000, "lr.max_scale", self.max_scale, "1 to 1000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +235,7 @@ class Config:
     compile: CompileConfig = field(default_factory=CompileConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LRConfig = field(default_factory=LRConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     kasmina: KasminaConfig = field(default_factory=KasminaConfig)
     tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -282,6 +258,10 @@ class Config:
         require(
             not (self.train.debug and self.compile.enabled), "compile.enabled", self.compile.enabled,
             "False with train.debug, which runs eager",
+        )  # fmt: skip
+        require(
+            not (self.optim.compile_step and (self.precision.amp == "fp16" or self.train.debug)),
+            "optim.compile_step", self.optim.compile_step, "False with precision.amp=fp16 and with train.debug",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ MAX_LEVEL = 4
 _LOSS, _LOSSES, _NOT_FINITE = range(3)
 _SIGNALS = 3
 _LEVELS = _SIGNALS + len(STOP_SIGNALS)
+_LR_CHANGED = _LEVELS + MAX_LEVEL
 WIDTH = 16
 
 
@@ -28,12 +29,13 @@ class Verdict:
 
     stop_signal: the signal that asked to stop, 0 for none. level: the highest emergency that any rank knows of, 0 for
     none. loss: of the step before, mean over all its samples; NaN or inf when it was that on any rank; None when there
-    was no step before.
+    was no step before. lr_changed: whether some rank found a learning rate that somebody else had written.
     """
 
     stop_signal: int
     level: int
     loss: float | None
+    lr_changed: bool = False
 
 
 class Fence:
@@ -44,9 +46,12 @@ class Fence:
         self._told = torch.zeros(WIDTH, dtype=torch.float64)
         self._work: dist.Work | None = None
 
-    def open(self, *, stop_signal: int, level: int = 0, loss: float | None = None) -> None:
+    def open(
+        self, *, stop_signal: int, level: int = 0, loss: float | None = None, lr_changed: bool = False
+    ) -> None:  # fmt: skip
         """Send what this rank knows. ``loss``: of its part of the step before. Collective, does not wait."""
         told = [0.0] * WIDTH
+        told[_LR_CHANGED] = float(lr_changed)
         if loss is not None:
             finite = math.isfinite(loss)
             told[_LOSS], told[_LOSSES], told[_NOT_FINITE] = (loss if finite else 0.0), 1.0, float(not finite)
@@ -70,4 +75,5 @@ class Fence:
             stop_signal=next(signals, 0),
             level=max((level for level in range(1, MAX_LEVEL + 1) if told[_LEVELS + level - 1]), default=0),
             loss=loss,
+            lr_changed=bool(told[_LR_CHANGED]),
         )

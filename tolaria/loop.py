@@ -101,7 +101,8 @@ class Trainer:
             for window, group in self._groups():
                 # ------------------------------------------------------------------------------------------
                 parts.alarm.page.enter(Phase.STEP, state.step)
-                self.fence.open(stop_signal=self._signal(), level=parts.alarm.level(), loss=guard.loss)
+                self.fence.open(stop_signal=self._signal(), level=parts.alarm.level(), loss=guard.loss,
+                                lr_changed=state.lr.take_found() > 0)  # fmt: skip
                 result = parts.step(group, self._close_fence)
                 incident = guard.judge(result.verdict)
                 epoch_ended = state.after_step(taken=result.taken)

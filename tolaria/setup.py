@@ -17,6 +17,7 @@ from tolaria.objective import Objective
 from tolaria.optim.footprint import bytes_per_parameter
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
+from tolaria.optim.tuning import Tuner
 from tolaria.replica import evaluating
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.task import Task, users_code
@@ -57,6 +58,8 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         optimizer=optimizer,
         optim=optim,
         lr=lr,
+        tuner=Tuner(config.tuning, config.lr),
+        clip_norm=config.train.clip_norm,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision.amp == "fp16"),
         sampler=sampler,
     )

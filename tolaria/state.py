@@ -20,7 +20,7 @@ from tolaria.compare import check_same, digest_of
 from tolaria.config import OptimConfig
 from tolaria.data import EpochSampler
 from tolaria.kasmina.host import Kasmina
-from tolaria.leyline.types import SeedStage
+from tolaria.leyline.types import CLIP_NORM, SeedStage
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
 from tolaria.optim.persist import (
@@ -35,6 +35,7 @@ from tolaria.optim.persist import (
 )
 from tolaria.optim.rebuild import build_optimizer, carry_hooks, regroup
 from tolaria.optim.surgery import change_class, saved_settings, settings_meta
+from tolaria.optim.tuning import Tuner
 
 HOST_GROUP = "host"
 Copy: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
@@ -65,6 +66,7 @@ class Memento:
     optim: OptimConfig
     options: list[dict[str, Any]]
     lr: dict[str, Any]
+    tuner: dict[str, Any]
     mode: Mode
 
 
@@ -81,6 +83,8 @@ class TrainState:
         optimizer: Optimizer,
         optim: OptimConfig,
         lr: LRController,
+        tuner: Tuner,
+        clip_norm: float,
         scaler: torch.amp.GradScaler,
         sampler: EpochSampler,
     ) -> None:
@@ -91,12 +95,26 @@ class TrainState:
         self.optimizer = optimizer
         self.optim = self._configured = optim
         self.lr = lr
+        self.tuner = tuner
+        self._fresh_options = {CLIP_NORM: clip_norm}
+        for group in optimizer.param_groups:
+            group.update(self._fresh_options)
         self.scaler = scaler
         self.sampler = sampler
         self.mode = Mode()
         self.step = 0
         self.boundary = 0
         self.skipped_steps = 0
+
+    @property
+    def mode(self) -> Mode:
+        """Normal or conservative; the learning rates follow it."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._mode = mode
+        self.lr.set_conservative(mode.conservative)
 
     @property
     def parameter_count(self) -> int:
@@ -118,16 +136,18 @@ class TrainState:
         if present == [(name, list(map(id, members.values()))) for name, members in groups.items()]:
             return
         had = {name for group in self.optimizer.param_groups for name in group["param_names"]}
-        self.optimizer = regroup(self.optimizer, groups, dropped=had - wanted)
+        self.optimizer = regroup(self.optimizer, groups, defaults=self._fresh_options, dropped=had - wanted)
         for name in set(self.lr.groups) - set(groups):
             self.lr.remove_group(name)
+            self.tuner.forget(name)
         for name in groups:
             if name not in self.lr.groups:
                 self.lr.add_group(name, "host" if name == HOST_GROUP else "seed", self.step)
 
     def plan_optimizer(self, name: str, given: Mapping[str, float]) -> tuple[OptimConfig, Optimizer]:
         """What `change_optimizer` would put in place. Changes nothing; raises what it raises."""
-        settings = replace(self.optim, name=name, **given)
+        changes: dict[str, Any] = {"name": name, **given}
+        settings = replace(self.optim, **changes)
         return settings, change_class(self.optimizer, settings, anew=given.keys() - {"lr"})
 
     def change_optimizer(self, name: str, given: Mapping[str, float]) -> None:
@@ -137,13 +157,13 @@ class TrainState:
         or TaskError, with nothing changed.
         """
         self.optim, self.optimizer = self.plan_optimizer(name, given)
+        self.tuner.class_changed()
         if "lr" in given:
             self.lr.set_base_rate(self.optim.lr)
 
     def restart_warmup(self, group: str) -> None:
         """Begin the LR warm-up of a seed's group at this step."""
-        self.lr.remove_group(group)
-        self.lr.add_group(group, "seed", self.step)
+        self.lr.restart_warmup(group, self.step)
 
     def left_overs(self, group: str) -> list[str]:
         """What optimizer and LR controller still hold of a group (for gate G5)."""
@@ -152,8 +172,9 @@ class TrainState:
 
     def memento(self) -> Memento:
         """Keep what `restore` needs. Cheap: references and numbers, no copy of the host."""
-        options = group_options(self.optimizer)
-        return Memento(self.kasmina.memento(), self.optimizer, self.optim, options, self.lr.state_dict(), self.mode)
+        tuner, options = self.tuner.state_dict(), group_options(self.optimizer)
+        kasmina, lr = self.kasmina.memento(), self.lr.state_dict()
+        return Memento(kasmina, self.optimizer, self.optim, options, lr, tuner, self.mode)
 
     def restore(self, memento: Memento) -> None:
         """Take back every change of structure, optimizer, LR and mode since `memento`."""
@@ -161,6 +182,7 @@ class TrainState:
         self.optimizer, self.optim = memento.optimizer, memento.optim
         load_group_options(self.optimizer, memento.options)
         self.lr.load_state_dict(memento.lr)
+        self.tuner.load_state_dict(memento.tuner)
         self.mode = memento.mode
 
     def after_step(self, *, taken: bool) -> bool:
@@ -197,6 +219,7 @@ class TrainState:
             "sampler": self.sampler.state_dict(),
             "kasmina": self.kasmina.state_dict(),
             "lr": self.lr.state_dict(),
+            "tuner": self.tuner.state_dict(),
             "groups": group_options(self.optimizer),
             "optimizer": settings_meta(self._configured, self.optim) | {"scalars": state_scalars(self.optimizer)},
             "scaler": dict(self.scaler.state_dict()),
@@ -236,6 +259,7 @@ class TrainState:
         check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
         self.lr.load_state_dict(meta["lr"])
+        self.tuner.load_state_dict(meta["tuner"])
         self.scaler.load_state_dict(dict(meta["scaler"]))
         self.mode = Mode(**meta["mode"])
         load_group_options(self.optimizer, meta["groups"])

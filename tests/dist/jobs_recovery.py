@@ -69,7 +69,7 @@ class Fault:
         elif self.what == "sampler":
             state.sampler.cursor += 1
         elif self.what == "lr":
-            state.lr.scale("*", 0.5, conservative=False)
+            state.lr.set_scale("host", 0.5, state.step)
         elif self.what == "scaler":
             state.scaler.update(new_scale=2.0**40)
         elif self.what == "no page":

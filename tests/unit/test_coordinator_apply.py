@@ -98,8 +98,18 @@ REFUSED: list[tuple[Command, str]] = [
     (do.scale_lr("host", 0.0001), "lr_out_of_bounds"),
     (do.scale_lr("host", 0.0), "invalid_factor"),
     (do.scale_lr("host", -1.0), "invalid_factor"),
-    (optimizer(lr=0.1), "unknown_parameter"),
+    (optimizer(colour=0.1), "unknown_parameter"),
     (optimizer(lr_scale=0.5, momentum=0.1), "unknown_parameter"),
+    (optimizer(lr=1.0), "lr_out_of_bounds"),
+    (optimizer(lr=0.1, lr_scale=2.0), "bad_parameter"),
+    (optimizer(weight_decay=0.6), "out_of_bounds"),
+    (optimizer(weight_decay=0.2), "rate_limited"),
+    (optimizer(beta1=0.5), "rate_limited"),
+    (optimizer(clip_norm=0.0), "out_of_bounds"),
+    (optimizer(freeze=2.0), "bad_parameter"),
+    (do.set_optimizer("seed/*", weight_decay=0.02), "unknown_group"),
+    (do.undo("host"), "nothing_to_undo"),
+    (optimizer(undo=1.0, freeze=1.0), "bad_parameter"),
 ]
 
 
@@ -211,18 +221,66 @@ def test_one_scale_of_a_group_at_one_boundary(rig: Rig) -> None:
     assert host_scale(rig) == pytest.approx(5.0)
 
 
+def test_different_things_of_a_group_at_one_boundary_but_each_of_them_once(rig: Rig) -> None:
+    raw = signed(
+        do.set_lr("host", 0.01),
+        do.set_optimizer("host", beta1=0.85),
+        do.set_optimizer("*", beta2=0.99, weight_decay=0.02),
+        do.scale_lr("host", 0.5),
+        do.set_optimizer("host", clip_norm=0.5, beta1=0.95),
+        do.freeze("host"),
+        do.thaw("*"),
+    )
+    applied = carry_out(rig, raw)
+    refused = {"c3": "one_per_boundary", "c4": "one_per_boundary", "c6": "one_per_boundary"}
+    assert codes(applied) == {**dict.fromkeys(["c0", "c1", "c2", "c5"], "applied"), **refused}
+    reasons = {outcome.command_id: outcome.reason for outcome in applied.outcomes}
+    assert reasons["c3"] == "lr of host was commanded at this boundary already"
+    (group,) = rig.state.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["clip_norm"]) == ((0.85, 0.99), 0.02, 1.0)
+    assert host_scale(rig) == 0.0  # frozen
+    applied = carry_out(rig, signed(do.undo("host"), do.undo("host"), do.scale_lr("host", 0.5)))
+    assert codes(applied) == {"c0": "applied", "c1": "one_per_boundary", "c2": "applied"}
+    assert host_scale(rig) == pytest.approx(0.25)  # 0.01 of 0.02, halved; the freeze is taken back
+
+
+def test_what_is_commanded_of_a_seed_that_is_culled_with_it_is_gone_with_it(rig: Rig) -> None:
+    rig.grow("early", SeedStage.TRAINING)
+    rig.boundary(do.scale_lr("seed/early", 0.5))
+    applied = carry_out(rig, signed(do.cull("early"), do.set_optimizer("*", weight_decay=0.02), do.freeze("seed/*")))
+    assert codes(applied) == {"c0": "applied", "c1": "applied", "c2": "applied"}
+    assert [group["name"] for group in rig.state.optimizer.param_groups] == ["host"]
+    rig.train(2)
+    assert only(rig.boundary(do.undo())).applied
+    assert rig.state.optimizer.param_groups[0]["weight_decay"] == rig.config.optim.weight_decay
+    assert only(rig.boundary(do.undo())).code == "nothing_to_undo"
+
+
+def test_a_tuning_that_another_rank_could_not_make_is_taken_back_everywhere(rig: Rig) -> None:
+    rig.train(2)
+    before = rig.state.digest()
+    commands = signed(do.set_optimizer("host", lr=0.01, weight_decay=0.05, clip_norm=0.4), do.freeze("host"))
+    applied = carry_out(rig, commands, peers=Dissenting(digest=2))
+    assert codes(applied) == {"c0": "digest_mismatch", "c1": "digest_mismatch"}
+    assert nothing_changed(rig, before)
+    assert only(rig.boundary(do.undo())).code == "nothing_to_undo"
+
+
 # Conservative mode
 
 
 def test_conservative_mode_refuses_growth_and_faster_learning_but_not_slower(rig: Rig) -> None:
     rig.grow("late", SeedStage.TRAINING)
+    rig.boundary(do.freeze("seed/late"))
     rig.state.mode = CONSERVATIVE
     commands = [do.germinate("early", "low_rank"), do.start_grafting("late"), do.cull("late"),
-                do.scale_lr("host", 2.0), do.scale_lr("host", 0.5)]  # fmt: skip
+                do.scale_lr("host", 2.0), do.scale_lr("host", 0.5), do.thaw("*"), do.undo("seed/late"),
+                do.set_lr("host", 0.03)]  # fmt: skip
     applied = carry_out(rig, signed(*commands))
     assert codes(applied) == {
         "c0": "conservative", "c1": "conservative", "c2": "conservative",
-        "c3": "lr_increase_conservative", "c4": "applied",
+        "c3": "lr_increase_conservative", "c4": "applied", "c5": "thaw_conservative", "c6": "thaw_conservative",
+        "c7": "lr_increase_conservative",
     }  # fmt: skip
     assert "policy: timeout" in applied.outcomes[0].reason
     assert {n: s.stage.name for n, s in rig.state.kasmina.seeds.items()} == {"early": "DORMANT", "late": "TRAINING"}

@@ -207,7 +207,11 @@ def test_what_is_saved_goes_on_where_it_was() -> None:
     [
         (do.germinate("mid", "low_rank"), "germinate mid with low_rank"),
         (do.start_training("mid"), "start training mid"),
-        (do.scale_lr("host*", 0.5), "host*: lr_scale 0.5"),
+        (do.scale_lr("host*", 0.5), "host*: lr x0.5"),
+        (do.set_optimizer("host", weight_decay=0.1, lr=0.01), "host: lr 0.01, weight_decay 0.1"),
+        (do.freeze("seed/*"), "seed/*: freeze"),
+        (do.thaw("seed/*"), "seed/*: thaw"),
+        (do.undo(), "*: undo"),
         (do.conservative(True), "breaker open"),
         (do.rollback(), "rollback"),
         (do.pause(), "pause"),
@@ -217,7 +221,7 @@ def test_what_is_saved_goes_on_where_it_was() -> None:
                 command_id="c", command_type=CommandType.OPTIMIZER,
                 payload=OptimizerCommand(optimizer_id="", hyperparameters={"lr_scale": 2.0}),
             ),
-            "*: lr_scale 2",
+            "*: lr x2",
         ),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -289,3 +290,15 @@ def test_reader_takes_whatever_is_within_the_counts() -> None:
     decoded = codec.decode_request(codec.encode_request(request))
     assert decoded.state.seeds == request.state.seeds
     assert decoded.field_reports == request.field_reports
+
+
+@given(st.floats(-1e9, 1e9, width=32))
+def test_a_number_as_written_is_the_same_number_on_the_wire(value: float) -> None:
+    written = limits.as_written(value)
+    assert struct.unpack("<f", struct.pack("<f", written))[0] == value
+
+
+@given(st.integers(-999_999, 999_999), st.integers(-9, 3))
+def test_a_short_decimal_survives_the_wire(digits: int, exponent: int) -> None:
+    meant = float(f"{digits}e{exponent}")
+    assert limits.as_written(struct.unpack("<f", struct.pack("<f", meant))[0]) == meant

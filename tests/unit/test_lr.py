@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,15 +13,30 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from tolaria.config import LRConfig
-from tolaria.errors import CheckpointMismatch, CommandRefused
-from tolaria.optim.lr import HISTORY_LENGTH, LRController, LRViolation
+from tolaria.config_tuning import LRConfig
+from tolaria.errors import CheckpointMismatch
+from tolaria.optim.integrity import LRViolation
+from tolaria.optim.lr import HISTORY_LENGTH, VIOLATIONS_TO_OPEN, LRController
 
 POLICIES = ["constant", "linear", "cosine", "step", "wsd"]
 
 
 def make_optimizer(*names: str) -> Optimizer:
     return SGD([{"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": 123.0} for name in names])
+
+
+def tensors(optimizer: Optimizer, dtype: torch.dtype = torch.float64) -> None:
+    """Give every group its rate as a tensor."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype)
+
+
+def write(group: dict[str, Any], rate: float) -> None:
+    """What somebody else does."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def host_only(base_lr: float = 1.0, total_steps: int = 101, **config: Any) -> LRController:
@@ -39,16 +55,9 @@ def rates(controller: LRController, *steps: int, name: str = "host") -> list[flo
     return [controller.lr_at(name, step) for step in steps]
 
 
-def refused(controller: LRController, pattern: str, factor: float, *, conservative: bool = False) -> str:
-    """The code of a refusal that changed nothing, not even when asked for a plan."""
-    before = controller.state_dict()
-    with pytest.raises(CommandRefused) as plan:
-        controller.plan_scale(pattern, factor, conservative=conservative)
-    with pytest.raises(CommandRefused) as caught:
-        controller.scale(pattern, factor, conservative=conservative)
-    assert controller.state_dict() == before
-    assert plan.value.code == caught.value.code
-    return caught.value.code
+def scale(controller: LRController, name: str, factor: float, step: int = 0) -> None:
+    """What a command that was accepted does."""
+    controller.set_scale(name, controller.scale_of(name) * factor, step)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +175,44 @@ def test_a_group_that_was_never_added_is_an_error_and_nothing_is_written() -> No
     assert [group["lr"] for group in optimizer.param_groups] == [123.0, 123.0]
 
 
-def test_foreign_changes_are_found_corrected_and_open_the_breaker_at_the_third() -> None:
-    controller, optimizer = host_only(policy="constant"), make_optimizer("host")
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", ["host", "seed/a"])
+def test_a_foreign_change_to_any_group_is_found_corrected_and_counted_once(as_tensor: bool, name: str) -> None:
+    controller, optimizer = with_seed(seed_warmup_steps=0), make_optimizer("host", "seed/a")
+    group = next(group for group in optimizer.param_groups if group["name"] == name)
+    if as_tensor:
+        tensors(optimizer)
     assert controller.apply(optimizer, 0) == []  # 123.0 was there before the controller
     for step, foreign in enumerate([0.5, 1.0 + 2e-6], start=1):
-        optimizer.param_groups[0]["lr"] = foreign
-        assert controller.apply(optimizer, step) == [LRViolation(step, "host", 1.0, foreign)]
-        assert optimizer.param_groups[0]["lr"] == 1.0
-        assert not controller.tampered
-    optimizer.param_groups[0]["lr"] = math.nan
+        write(group, foreign)
+        assert controller.apply(optimizer, step) == [LRViolation(step, name, 1.0, foreign)]
+        assert float(group["lr"]) == 1.0
+        assert (controller.take_found(), controller.take_found()) == (1, 0)
+    write(group, math.nan)
     [violation] = controller.apply(optimizer, 3)
     assert math.isnan(violation.found)
+    assert controller.apply(optimizer, 4) == []
+
+
+def test_the_breaker_opens_at_the_third_counted_step_and_closes_by_reset() -> None:
+    controller = host_only()
+    assert [controller.count_violation() for _ in range(4)] == [False, False, True, False]
+    assert VIOLATIONS_TO_OPEN == 3
     assert controller.tampered
-    assert [change.cause for change in controller.history[-3:]] == ["corrected"] * 3
     controller.reset_integrity()
     assert not controller.tampered
+    assert not controller.count_violation()
+
+
+def test_what_a_rank_finds_is_not_in_the_state_that_all_ranks_share() -> None:
+    controller, optimizer = host_only(policy="constant"), make_optimizer("host")
+    controller.apply(optimizer, 0)
+    optimizer.param_groups[0]["lr"] = 0.5
+    untouched, other = host_only(policy="constant"), make_optimizer("host")
+    for step in (0, 1):
+        untouched.apply(other, step)
+    assert len(controller.apply(optimizer, 1)) == 1
+    assert controller.state_dict() == untouched.state_dict()
 
 
 def test_rounding_is_no_foreign_change() -> None:
@@ -200,7 +232,8 @@ def test_own_changes_are_no_violations() -> None:
     controller, optimizer = with_seed(policy="cosine"), make_optimizer("host", "seed/a")
     for step in range(5):
         assert controller.apply(optimizer, step) == []
-        controller.scale("*", 0.9, conservative=False)
+        scale(controller, "host", 0.9, step + 1)
+        scale(controller, "seed/a", 0.9, step + 1)
     controller.remove_group("seed/a")
     controller.add_group("seed/a", "seed", 5)
     rebuilt = make_optimizer("host", "seed/a")
@@ -208,46 +241,9 @@ def test_own_changes_are_no_violations() -> None:
     assert controller.apply(rebuilt, 5) == []
 
 
-def test_a_command_scales_the_groups_it_names_once() -> None:
-    controller, optimizer = with_seed(seed_warmup_steps=0), make_optimizer("host", "seed/a")
-    controller.apply(optimizer, 3)
-    plan = controller.plan_scale("host", 0.5, conservative=True)
-    assert rates(controller, 4) == [1.0]
-    [change] = controller.scale("host", 0.5, conservative=True)
-    assert plan == [change]
-    assert (change.step, change.group, change.cause) == (4, "host", "command")
-    assert (change.old_lr, change.new_lr, change.scale) == (1.0, 0.5, 0.5)
-    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.5, 1.0)
-    assert [c.group for c in controller.scale("*", 0.5, conservative=False)] == ["host", "seed/a"]
-    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.25, 0.5)
-    assert [c.group for c in controller.scale("seed/?", 4.0, conservative=False)] == ["seed/a"]
-    assert (controller.lr_at("host", 4), controller.lr_at("seed/a", 4)) == (0.25, 2.0)
-
-
-def test_refused_commands_change_nothing() -> None:
-    controller = with_seed(min_scale=0.1, max_scale=4.0)
-    controller.scale("seed/a", 2.0, conservative=False)
-    assert refused(controller, "seed/b", 0.5) == "unknown_group"
-    assert refused(controller, "*", 3.0) == "lr_out_of_bounds"  # fits the host, not the seed
-    assert refused(controller, "host", 0.09) == "lr_out_of_bounds"
-    assert refused(controller, "host", 1.01, conservative=True) == "lr_increase_conservative"
-    for factor in (0.0, -1.0, math.nan, math.inf):
-        assert refused(controller, "host", factor) == "invalid_factor"
-
-
-def test_the_bounds_themselves_can_be_reached_in_rounded_steps() -> None:
-    controller = host_only(policy="constant", max_scale=10.0, min_scale=0.001)
-    for _ in range(3):
-        controller.scale("host", 10.0 ** (1 / 3), conservative=False)
-    assert controller.lr_at("host", 0) == pytest.approx(10.0)
-    for _ in range(4):
-        controller.scale("host", 0.1, conservative=False)
-    assert 0.001 <= controller.lr_at("host", 0) == pytest.approx(0.001)
-
-
 def test_groups_are_added_once_and_removed_wholly() -> None:
     controller = with_seed()
-    controller.scale("seed/a", 0.5, conservative=False)
+    scale(controller, "seed/a", 0.5)
     with pytest.raises(ValueError, match="'seed/a' exists"):
         controller.add_group("seed/a", "seed")
     controller.remove_group("seed/a")
@@ -267,7 +263,7 @@ def test_groups_are_added_once_and_removed_wholly() -> None:
 def test_history_keeps_the_last_thousand() -> None:
     controller = host_only(policy="constant")
     for number in range(HISTORY_LENGTH + 5):
-        controller.scale("host", 2.0 if number % 2 else 0.5, conservative=False)
+        scale(controller, "host", 2.0 if number % 2 else 0.5, number)
     assert HISTORY_LENGTH == len(controller.history) == 1000
     assert controller.history[-1].scale == 0.5
     assert all(change.cause == "command" for change in controller.history)
@@ -286,6 +282,9 @@ ACTIONS = st.one_of(
     st.tuples(st.just("toggle"), st.sampled_from(["seed/a", "seed/b"])),
     st.tuples(st.just("progress"), st.floats(0, 1)),
     st.tuples(st.just("tamper"), st.floats(2, 3)),
+    st.tuples(st.just("freeze"), st.none()),
+    st.tuples(st.just("mode"), st.booleans()),
+    st.tuples(st.just("rewarm"), st.integers(0, 4)),
 )
 
 
@@ -299,33 +298,37 @@ def toggle(controller: LRController, optimizer: Optimizer, name: str, step: int)
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "name": name, "lr": 5.0})
 
 
-def scale_all(controller: LRController, factor: float) -> bool:
-    try:
-        controller.scale("*", factor, conservative=False)
-    except CommandRefused:
-        return False
-    return True
+def change_all(controller: LRController, kind: str, value: Any, step: int) -> None:
+    """What one action does to every group."""
+    if kind == "mode":
+        controller.set_conservative(value)
+    if kind == "rewarm":
+        controller.rewarm(step, value)
+    for name in controller.groups:
+        if kind == "scale":
+            scale(controller, name, value, step)
+        if kind == "freeze":
+            controller.set_frozen(name, not controller.is_frozen(name), step)
+        if kind == "progress" and name != "host":
+            controller.set_progress(name, value)
 
 
-def play(controller: LRController, optimizer: Optimizer, step: int, actions: list[Action]) -> list[Any]:
-    """Drive controller and optimizer through the actions from ``step``; what every step and command came to."""
-    course: list[Any] = []
+def play(controller: LRController, optimizer: Optimizer, step: int, actions: list[Action]) -> list[list[float]]:
+    """Drive controller and optimizer through the actions from ``step``; the rates of every step."""
+    course = []
     for kind, value in actions:
-        match kind:
-            case "step":
-                for now in range(step, step + value):
-                    controller.apply(optimizer, now)
-                    course.append([group["lr"] for group in optimizer.param_groups])
-                step += value
-            case "scale":
-                course.append(scale_all(controller, value))
-            case "toggle":
-                toggle(controller, optimizer, value, step)
-            case "progress":
-                for name in controller.groups[1:]:
-                    controller.set_progress(name, value)
-            case "tamper":
-                optimizer.param_groups[0]["lr"] = value
+        if kind == "step":
+            for now in range(step, step + value):
+                if controller.apply(optimizer, now):
+                    controller.count_violation()
+                course.append([float(group["lr"]) for group in optimizer.param_groups])
+            step += value
+        elif kind == "toggle":
+            toggle(controller, optimizer, value, step)
+        elif kind == "tamper":
+            write(optimizer.param_groups[0], value)
+        else:
+            change_all(controller, kind, value, step)
     return course
 
 
@@ -342,7 +345,10 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(
     policy: Any, seed_policy: Any, first: list[Action], second: list[Action]
 ) -> None:
     first = [*first, ("step", 1)]  # a foreign change right before the cut is found only where it was made
-    config = LRConfig(policy=policy, seed_policy=seed_policy, warmup_steps=3, step_every=4, seed_warmup_steps=5)
+    config = LRConfig(
+        policy=policy, seed_policy=seed_policy, warmup_steps=3, step_every=4, seed_warmup_steps=5,
+        conservative_factor=0.5,
+    )  # fmt: skip
     controller, optimizer = LRController(config, 0.3, 30), make_optimizer("host")
     controller.add_group("host")
     play(controller, optimizer, 0, first)
@@ -384,36 +390,32 @@ def test_two_ranks_that_do_the_same_hold_the_same() -> None:
         play(controller, optimizer, 0, actions)
         states.append(controller.state_dict())
     assert states[0] == states[1]
-    assert len(states[0]["history"]) == 5
+    assert len(states[0]["history"]) == 4
+    assert states[0]["violations"] == 1
 
 
-def damage(state: dict[str, Any], how: str) -> dict[str, Any]:
-    match how:
-        case "missing":
-            del state["groups"]
-        case "field":
-            state["groups"]["host"]["colour"] = 1
-        case "type":
-            state["groups"]["host"]["scale"] = "big"
-        case "nan":
-            state["groups"]["host"]["scale"] = math.nan
-        case "kind":
-            state["groups"]["host"]["kind"] = "pilot"
-        case "born":
-            state["groups"]["host"]["born_step"] = -1
-        case "progress":
-            state["groups"]["host"]["progress"] = 2.0
-        case "history":
-            state["history"].append([1, 2])
-        case "list":
-            state["groups"] = []
-    return state
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "missing": lambda state: state.pop("groups"),
+    "conservative": lambda state: state.pop("conservative"),
+    "field": lambda state: state["groups"]["host"].update(colour=1),
+    "type": lambda state: state["groups"]["host"].update(scale="big"),
+    "nan": lambda state: state["groups"]["host"].update(scale=math.nan),
+    "kind": lambda state: state["groups"]["host"].update(kind="pilot"),
+    "born": lambda state: state["groups"]["host"].update(born_step=-1),
+    "progress": lambda state: state["groups"]["host"].update(progress=2.0),
+    "frozen": lambda state: state["groups"]["host"].update(frozen=1),
+    "base": lambda state: state.update(base_lr=0.0),
+    "history": lambda state: state["history"].append([1, 2]),
+    "list": lambda state: state.update(groups=[]),
+}
 
 
-@pytest.mark.parametrize("how", ["missing", "field", "type", "nan", "kind", "born", "progress", "history", "list"])
+@pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_state_is_refused_and_changes_nothing(how: str) -> None:
     controller = with_seed()
     before = controller.state_dict()
+    damaged = host_only().state_dict()
+    DAMAGE[how](damaged)
     with pytest.raises(CheckpointMismatch):
-        controller.load_state_dict(damage(host_only().state_dict(), how))
+        controller.load_state_dict(damaged)
     assert controller.state_dict() == before

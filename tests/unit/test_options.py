@@ -188,6 +188,19 @@ def test_debug_in_the_file_contradicts_compile_in_the_same_file(tmp_path: Path) 
         resolve(["--config", file], ALONE)
 
 
+@pytest.mark.parametrize("further", [["--precision.amp", "fp16"], ["--train.debug", "true"]])
+def test_a_compiled_optimizer_step_is_refused_where_it_can_not_be(further: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.compile_step=True: expected False with precision\.amp=fp16"):
+        resolve(["--optim.compile_step", *further], ALONE)
+
+
+def test_groups_are_given_policies_by_patterns_also_in_the_file_that_is_written() -> None:
+    config = resolve(["--lr.group_policies.seed/early", "wsd", "--lr.group_policies.seed/*", "frozen"], ALONE)
+    assert list(config.lr.group_policies.items()) == [("seed/early", "wsd"), ("seed/*", "frozen")]
+    written = tomllib.loads(to_toml(config))
+    assert list(written["lr"]["group_policies"].items()) == [("seed/early", "wsd"), ("seed/*", "frozen")]
+
+
 def test_debug_is_refused_with_more_than_one_process() -> None:
     assert resolve(["--debug"], {"WORLD_SIZE": "1"}).train.debug
     with pytest.raises(ConfigError, match=r"train\.debug=True: expected one process.*WORLD_SIZE=2"):

@@ -81,7 +81,7 @@ def test_the_digest_sees_a_bit_of_every_tensor(rig: Rig) -> None:
 
 
 def scale(state: TrainState) -> None:
-    state.lr.scale("host", 0.5, conservative=False)
+    state.lr.set_scale("host", 0.5, state.step)
 
 
 def decay(state: TrainState) -> None:
@@ -133,7 +133,7 @@ def test_the_structure_digest_sees_what_a_command_can_change(rig: Rig) -> None:
     flip(next(iter(state.kasmina.seeds["late"].named_parameters().values())))
     changed = state.structure_digest()
     assert changed != before
-    state.lr.scale("host", 0.5, conservative=False)
+    state.lr.set_scale("host", 0.5, state.step)
     assert state.structure_digest() != changed
 
 
@@ -381,7 +381,7 @@ def test_a_memento_takes_back_structure_rates_and_mode(rig: Rig) -> None:
     kept = state.memento()
     state.kasmina.apply(state.kasmina.plan(rig.identified(do.cull("late"))))
     state.regroup()
-    state.lr.scale("host", 0.25, conservative=False)
+    state.lr.set_scale("host", 0.25, state.step)
     state.change_optimizer("nadam", {"lr": 0.5})
     state.optimizer.param_groups[0].update(weight_decay=0.5, clip_norm=3.0)
     state.mode = Mode(conservative=True, reason="test")

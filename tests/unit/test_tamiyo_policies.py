@@ -21,6 +21,7 @@ from tolaria.leyline.types import (
     SeedState,
     SystemState,
 )
+from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import check_policy, load_policy
 from tolaria.tamiyo.policies.heuristic import HeuristicPolicy
 from tolaria.tamiyo.policy import Policy, with_identity
@@ -267,6 +268,31 @@ def test_a_script_gives_each_command_at_its_boundary_and_only_then(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("keys", "group", "hyperparameters"),
+    [
+        ('op = "set_lr"\ngroup = "host"\nlr = 0.25', "host", {"lr": 0.25}),
+        ('op = "freeze"\ngroup = "seed/*"', "seed/*", {"freeze": 1.0}),
+        ('op = "thaw"\ngroup = "seed/*"', "seed/*", {"freeze": 0.0}),
+        ('op = "undo"\ngroup = "*"', "*", {"undo": 1.0}),
+        ('op = "set_optimizer"\ngroup = "host"\nweight_decay = 0\nbeta1 = 0.5\nfreeze = 1', "host",
+         {"weight_decay": 0.0, "beta1": 0.5, "freeze": 1.0}),
+    ],
+)  # fmt: skip
+def test_a_script_tunes_the_optimizer(keys: str, group: str, hyperparameters: dict[str, float], tmp_path: Path) -> None:
+    file = tmp_path / "script.toml"
+    file.write_text(f"[[command]]\nboundary = 1\n{keys}\n")
+    (command,) = load_policy(f"script:{file}", {}).decide(state(1), ())
+    assert command.payload == OptimizerCommand(optimizer_id=group, hyperparameters=hyperparameters)
+
+
+def test_a_hyperparameter_that_no_optimizer_has_is_named_to_the_policys_author() -> None:
+    with pytest.raises(ValueError, match=r"\['colour'\]: expected one or more of lr, lr_scale"):
+        do.set_optimizer("host", colour=1.0)
+    with pytest.raises(ValueError, match="expected one or more"):
+        do.set_optimizer("host")
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("not toml", "not TOML"),
@@ -281,6 +307,12 @@ def test_a_script_gives_each_command_at_its_boundary_and_only_then(tmp_path: Pat
         ('[[command]]\nboundary = 1\nop = "pause"\nslot = "a"', "unknown key 'slot'"),
         ('[[command]]\nboundary = 1\nop = "cull"\nslot = "a b"', "target_seed_id"),
         ('[[command]]\nboundary = 1\nop = "scale_lr"\ngroup = "host"\nfactor = nan', "lr_scale"),
+        ('[[command]]\nboundary = 1\nop = "set_lr"\ngroup = "host"', "lr missing"),
+        ('[[command]]\nboundary = 1\nop = "set_optimizer"\ngroup = "host"', "one or more of lr, lr_scale, freeze"),
+        ('[[command]]\nboundary = 1\nop = "set_optimizer"\ngroup = "host"\nlr = "1"', "lr='1'"),
+        ('[[command]]\nboundary = 1\nop = "set_optimizer"\ngroup = "host"\nundo = 1', "unknown key 'undo'"),
+        ('[[command]]\nboundary = 1\nop = "freeze"', "group missing"),
+        ('[[command]]\nboundary = 1\nop = "undo"\ngroup = "a b"', "optimizer_id"),
         ('[[command]]\nboundary = 1\nop = "start_grafting"\nslot = "a"\nblend_steps = "9"', "blend_steps='9'"),
         ('[[command]]\nboundary = 1\nop = "cull"\nslot = "a"\nblend_steps = 9', "unknown key 'blend_steps'"),
     ],

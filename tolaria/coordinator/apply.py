@@ -21,7 +21,6 @@ from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaErr
 from tolaria.kasmina.host import PlannedMove
 from tolaria.leyline.codec import decode_command, encode_decision
 from tolaria.leyline.types import (
-    LR_SCALE,
     BreakerCommand,
     Command,
     CommandType,
@@ -31,6 +30,7 @@ from tolaria.leyline.types import (
     SeedOp,
 )
 from tolaria.objective import Batch
+from tolaria.optim.tuning import Tuning
 from tolaria.replica import Replica
 from tolaria.state import Memento, Mode, TrainState
 
@@ -75,7 +75,8 @@ class Applied:
 @dataclass(frozen=True)
 class _Plan:
     seed_moves: tuple[PlannedMove, ...]
-    optimizer: tuple[OptimizerCommand, ...]
+    tunings: tuple[Tuning, ...]
+    classes: tuple[OptimizerCommand, ...]
     breakers: tuple[BreakerCommand, ...]
     accepted: tuple[Command, ...]
     go_back: RollbackCommand | None = None
@@ -103,15 +104,15 @@ def apply_decision(
         same = len(set(peers.gather_digests(_plan_digest(decision, result)))) == 1
     if not same:
         _refuse(result, plan.accepted, "vote", "the ranks did not plan the same change")
-        plan = _Plan((), (), (), ())
+        plan = _Plan((), (), (), (), ())
     memento = state.memento()
-    state.mode = next_mode(state.mode, decision, list(plan.breakers), healthy_boundaries)
-    if plan.seed_moves or plan.optimizer:
+    _enter_mode(state, decision, plan.breakers, healthy_boundaries)
+    if plan.seed_moves or plan.tunings or plan.classes:
         failure = _carry_out(plan, state, replica, peers, result, sample)
         if failure is not None:
             _go_back(memento, state, replica)
             # What the answer itself says about the policy's health stands; the commands that came with it do not.
-            state.mode = next_mode(state.mode, decision, [], healthy_boundaries)
+            _enter_mode(state, decision, (), healthy_boundaries)
             _refuse(result, plan.accepted, *failure)
             return result
     result.structure_changed = bool(plan.seed_moves)
@@ -120,9 +121,18 @@ def apply_decision(
     return result
 
 
+def _enter_mode(
+    state: TrainState, decision: Decision, breakers: Sequence[BreakerCommand], healthy_boundaries: int
+) -> None:  # fmt: skip
+    state.mode = next_mode(state.mode, decision, list(breakers), healthy_boundaries)
+    if state.lr.tampered and not state.mode.conservative:
+        state.lr.reset_integrity()
+
+
 def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
     moves: list[PlannedMove] = []
-    optimizer: list[OptimizerCommand] = []
+    tunings: list[Tuning] = []
+    classes: list[OptimizerCommand] = []
     breakers: list[BreakerCommand] = []
     accepted: list[Command] = []
     touched: set[str] = set()
@@ -143,8 +153,12 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
                 moves.append(move)
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
-                touched.update(_check_optimizer(command.payload, state, touched))
-                optimizer.append(command.payload)
+                if names_class(command.payload):
+                    touched |= check_class(command.payload, state, touched)
+                    classes.append(command.payload)
+                else:
+                    tunings.append(_plan_tuning(command.command_id, command.payload, state, touched))
+                    touched |= tunings[-1].touched
             elif isinstance(command.payload, BreakerCommand):
                 breakers.append(command.payload)
             accepted.append(command)
@@ -156,8 +170,8 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
         # What else the decision asks for would be undone by the return.
         others = tuple(c for c in accepted if c is not returns[0])
         _refuse(result, others, "going_back", "the decision asks to go back to an earlier state")
-        return _Plan((), (), (), (returns[0],), returns[0].payload)  # type: ignore[arg-type]
-    return _Plan(tuple(moves), tuple(optimizer), tuple(breakers), tuple(accepted))
+        return _Plan((), (), (), (), (returns[0],), returns[0].payload)  # type: ignore[arg-type]
+    return _Plan(tuple(moves), tuple(tunings), tuple(classes), tuple(breakers), tuple(accepted))
 
 
 def _check_command(command: Command, state: TrainState, touched: set[str]) -> None:
@@ -170,20 +184,15 @@ def _check_command(command: Command, state: TrainState, touched: set[str]) -> No
         )
 
 
-def _check_optimizer(payload: OptimizerCommand, state: TrainState, touched: set[str]) -> set[str]:
-    if names_class(payload):
-        return check_class(payload, state, touched)
-    unknown = sorted(set(payload.hyperparameters) - {LR_SCALE})
-    if unknown or not payload.hyperparameters:
-        raise CommandRefused("unknown_parameter", f"an optimizer command takes {LR_SCALE!r}, not {unknown}")
-    factor = payload.hyperparameters[LR_SCALE]
-    planned = state.lr.plan_scale(payload.optimizer_id or "*", factor, conservative=state.mode.conservative)
-    groups = {f"LR of {change.group}" for change in planned}
-    if groups & touched:
-        # Each alone may be within the bounds and both together not; then no command of the decision would apply.
-        again = ", ".join(sorted(groups & touched))
+def _plan_tuning(command_id: str, payload: OptimizerCommand, state: TrainState, touched: set[str]) -> Tuning:
+    tuning = state.tuner.plan(
+        command_id, payload, state.optimizer, state.lr, step=state.step, conservative=state.mode.conservative
+    )
+    if tuning.touched & touched:
+        # Each alone may be within the bounds and both together not.
+        again = ", ".join(sorted(tuning.touched & touched))
         raise CommandRefused("one_per_boundary", f"{again} was commanded at this boundary already")
-    return groups
+    return tuning
 
 
 def _carry_out(
@@ -198,7 +207,7 @@ def _carry_out(
     error = ""
     with result.timed("apply"):
         try:
-            _change(plan, state, replica, conservative=result.mode_before.conservative)
+            _change(plan, state, replica)
         except PeerLost:
             raise
         except (TolariaError, RuntimeError, ValueError, MemoryError) as cause:
@@ -222,7 +231,10 @@ def _carry_out(
     return None
 
 
-def _change(plan: _Plan, state: TrainState, replica: Replica, *, conservative: bool) -> None:
+def _change(plan: _Plan, state: TrainState, replica: Replica) -> None:
+    # Before the seeds move: a group that a command names may be culled by the next one.
+    for tuning in plan.tunings:
+        state.tuner.commit(tuning, state.optimizer, state.lr, state.step)
     for move in plan.seed_moves:
         state.kasmina.apply(move)
     state.regroup()
@@ -232,12 +244,8 @@ def _change(plan: _Plan, state: TrainState, replica: Replica, *, conservative: b
             state.restart_warmup(group)
         elif move.seed_command.operation == SeedOp.FOSSILIZE:
             state.lr.follow_host(group)
-    for payload in plan.optimizer:
-        if names_class(payload):
-            change_class(payload, state)
-            continue
-        pattern = payload.optimizer_id or "*"
-        state.lr.scale(pattern, payload.hyperparameters[LR_SCALE], conservative=conservative)
+    for payload in plan.classes:
+        change_class(payload, state)
     replica.rebuild()
 
 

@@ -14,6 +14,10 @@ from typing import Any
 from tolaria.coordinator.apply import Outcome
 from tolaria.leyline.limits import clip_measurement, clip_text, is_name
 from tolaria.leyline.types import (
+    FREEZE,
+    HYPERPARAMETERS,
+    LR_SCALE,
+    UNDO,
     BreakerCommand,
     Command,
     FieldOutcome,
@@ -45,11 +49,21 @@ def describe(command: Command) -> str:
         extra = f" with {payload.blueprint_id}" if payload.blueprint_id else ""
         return f"{payload.operation.name.lower().replace('_', ' ')} {command.target_seed_id}{extra}"
     if isinstance(payload, OptimizerCommand):
-        values = ", ".join(f"{k} {v:g}" for k, v in payload.hyperparameters.items())
-        return f"{payload.optimizer_id or '*'}: {values}"
+        known = [name for name in HYPERPARAMETERS if name in payload.hyperparameters]
+        names = known + sorted(payload.hyperparameters.keys() - set(known))
+        words = ", ".join(_hyperparameter(name, payload.hyperparameters[name]) for name in names)
+        return f"{payload.optimizer_id or '*'}: {words}"
     if isinstance(payload, BreakerCommand):
         return f"breaker {payload.desired_state.name.lower()}"
     return command.command_type.name.lower().replace("_", " ")
+
+
+def _hyperparameter(name: str, value: float) -> str:
+    if name == LR_SCALE:
+        return f"lr x{value:g}"
+    if name == FREEZE and value in (0.0, 1.0):
+        return "freeze" if value else "thaw"
+    return UNDO if name == UNDO and value == 1.0 else f"{name} {value:g}"
 
 
 class Ledger:

@@ -6,6 +6,7 @@ raises MessageRejected with a stable code: "size", "count", "text", "range", "no
 
 import math
 import re
+import struct
 from collections.abc import Mapping
 from enum import IntEnum
 
@@ -60,6 +61,18 @@ def clip_text(text: str) -> str:
 def clip_measurement(value: float) -> float:
     """``value`` made fit to be sent as a measurement; NaN, which the wire does not carry, becomes the largest one."""
     return MAX_MEASUREMENT if math.isnan(value) else max(-MAX_MEASUREMENT, min(MAX_MEASUREMENT, value))
+
+
+def as_written(value: float) -> float:
+    """The number that somebody wrote and the wire made a 32-bit float of: its shortest decimal, 0.1 for 0.100000001.
+
+    Raises OverflowError for what no 32-bit float can hold.
+    """
+    for digits in range(6, 10):
+        short = float(f"{value:.{digits}g}")
+        if struct.unpack("<f", struct.pack("<f", short))[0] == value:
+            return short
+    return value
 
 
 def check_name(where: str, value: str, *, optional: bool = False) -> None:

@@ -8,8 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+# Hyperparameters of an OptimizerCommand, in the order in which they are described.
+LR = "lr"
+"""The learning rate itself; the schedule goes on in proportion from there."""
 LR_SCALE = "lr_scale"
-"""Hyperparameter of an OptimizerCommand: the factor by which a group's learning rate is multiplied."""
+"""The factor by which the learning rate is multiplied."""
+FREEZE = "freeze"
+"""1: the group is not updated at all; 0: it goes on from where it was."""
+WEIGHT_DECAY = "weight_decay"
+BETA1 = "beta1"
+BETA2 = "beta2"
+MOMENTUM = "momentum"
+CLIP_NORM = "clip_norm"
+"""The largest gradient norm of the group; 0: no clipping."""
+UNDO = "undo"
+"""1, and alone: take back the newest command on these groups that was not taken back yet."""
+HYPERPARAMETERS = (LR, LR_SCALE, FREEZE, WEIGHT_DECAY, BETA1, BETA2, MOMENTUM, CLIP_NORM, UNDO)
 OPTIMIZER_CLASS = "class/"
 """Beginning of the ``optimizer_id`` of an OptimizerCommand for another class: "class/sgd"."""
 

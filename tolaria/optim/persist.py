@@ -138,7 +138,10 @@ def load_group_options(optimizer: Optimizer, saved: Iterable[Mapping[str, Any]])
         for key in further_options(optimizer, group).keys() - options.keys():
             del group[key]
         for key, value in options.items():
-            group[key] = tuple(value) if isinstance(value, list) else value
+            if isinstance(group.get(key), Tensor):  # a learning rate that compiled code reads
+                group[key].fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _state(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
@@ -171,6 +174,8 @@ def _form(value: Any) -> str:
 
 
 def _plain(value: Any, what: str) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
     items = list(value) if isinstance(value, tuple | list) else [value]
     if not all(item is None or isinstance(item, bool | int | float | str) for item in items):
         raise OptimizerStateError(f"{what} is {value!r}: not JSON-able")

@@ -31,8 +31,12 @@ from dataclasses import replace
 
 from tolaria.leyline.limits import clip_text
 from tolaria.leyline.types import (
+    FREEZE,
+    HYPERPARAMETERS,
+    LR,
     LR_SCALE,
     OPTIMIZER_CLASS,
+    UNDO,
     BreakerCommand,
     CircuitState,
     Command,
@@ -161,10 +165,43 @@ def cancel(slot: str, *, reason: str = "") -> Command:
     return seed_command(SeedOp.CANCEL, slot, reason=reason)
 
 
+def set_optimizer(group: str, *, reason: str = "", **hyperparameters: float) -> Command:
+    """Change hyperparameters of the groups whose name matches the shell pattern ``group``, all of them or none.
+
+    lr: the rate itself; the schedule goes on in proportion. lr_scale: a factor on it. freeze: 1 or 0. weight_decay,
+    beta1, beta2, momentum: where the optimizer has them. clip_norm: largest gradient norm of the group. Bounds:
+    ``[tuning]`` of the trainer. Raises ValueError for another name.
+    """
+    unknown = sorted(hyperparameters.keys() - set(HYPERPARAMETERS))
+    if unknown or not hyperparameters:
+        raise ValueError(f"hyperparameters {unknown}: expected one or more of {', '.join(HYPERPARAMETERS)}")
+    payload = OptimizerCommand(optimizer_id=group, hyperparameters=dict(hyperparameters))
+    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
+
+
+def set_lr(group: str, lr: float, *, reason: str = "") -> Command:
+    """Set the learning rate of the groups at this step; from there their schedule goes on in proportion."""
+    return set_optimizer(group, reason=reason, **{LR: lr})
+
+
 def scale_lr(group: str, factor: float, *, reason: str = "") -> Command:
     """Multiply the learning rate of the groups whose name matches the shell pattern ``group``."""
-    payload = OptimizerCommand(optimizer_id=group, hyperparameters={LR_SCALE: factor})
-    return Command(command_id="", command_type=CommandType.OPTIMIZER, payload=payload, annotations=_why(reason))
+    return set_optimizer(group, reason=reason, **{LR_SCALE: factor})
+
+
+def freeze(group: str, *, reason: str = "") -> Command:
+    """Stop updating the groups: parameters and optimizer state stay as they are, bit for bit."""
+    return set_optimizer(group, reason=reason, **{FREEZE: 1.0})
+
+
+def thaw(group: str, *, reason: str = "") -> Command:
+    """Let frozen groups go on from where they were."""
+    return set_optimizer(group, reason=reason, **{FREEZE: 0.0})
+
+
+def undo(group: str = "*", *, reason: str = "") -> Command:
+    """Take back the newest optimizer command on these groups that was not taken back yet."""
+    return set_optimizer(group, reason=reason, **{UNDO: 1.0})
 
 
 def change_optimizer(

@@ -24,6 +24,11 @@ order of the file:
     start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
+    set_lr          group, lr: the rate at that step; the schedule goes on in proportion
+    freeze, thaw    group
+    set_optimizer   group and one or more of lr, lr_scale, freeze (1 or 0), weight_decay, beta1, beta2, momentum,
+                    clip_norm
+    undo            group: takes back the newest of these commands on it that was not taken back yet
     change_optimizer
                     optimizer (its name), lr, momentum, weight_decay (one of the three at least)
     rollback        step (optional; without it: the newest good checkpoint)
@@ -39,18 +44,33 @@ from typing import Any
 
 from tolaria.errors import ConfigError, MessageRejected
 from tolaria.leyline.codec import encode_command
-from tolaria.leyline.types import Command, EmergencyLevel, EmergencySignal, FieldReport, SeedOp, SystemState
+from tolaria.leyline.types import (
+    HYPERPARAMETERS,
+    UNDO,
+    Command,
+    EmergencyLevel,
+    EmergencySignal,
+    FieldReport,
+    SeedOp,
+    SystemState,
+)
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import Policy, boundary_of, with_identity
 
 _NUMBER = (int, float)
 _ALWAYS: dict[str, Any] = {"op": str, "boundary": int, "reason": str}
-_OPTIONAL = frozenset({"reason", "blend_steps", "step", "lr", "momentum", "weight_decay"})
+_TUNED = tuple(name for name in HYPERPARAMETERS if name != UNDO)
+_OPTIONAL = frozenset({"reason", "blend_steps", "step"})
 _KEYS: dict[str, dict[str, Any]] = {
     **{op.name.lower(): {"slot": str} for op in SeedOp},
     "germinate": {"slot": str, "blueprint": str},
     "start_grafting": {"slot": str, "blend_steps": int},
     "scale_lr": {"group": str, "factor": _NUMBER},
+    "set_lr": {"group": str, "lr": _NUMBER},
+    "freeze": {"group": str},
+    "thaw": {"group": str},
+    "set_optimizer": {"group": str, **dict.fromkeys(_TUNED, _NUMBER)},
+    "undo": {"group": str},
     "change_optimizer": {"optimizer": str, "lr": _NUMBER, "momentum": _NUMBER, "weight_decay": _NUMBER},
     "rollback": {"step": int},
     "conservative": {"on": bool},
@@ -117,9 +137,12 @@ def _read_entry(entry: Any, where: str) -> tuple[int, Command | EmergencySignal]
         if key not in accepted:
             raise ConfigError(f"{where}: unknown key {key!r}; expected {', '.join(accepted)}")
         _check_type(value, accepted[key], f"{where}: {key}")
-    missing = [key for key in accepted if key not in entry and key not in _OPTIONAL]
+    optional = _OPTIONAL | set(_TUNED) if op in ("set_optimizer", "change_optimizer") else _OPTIONAL
+    missing = [key for key in accepted if key not in entry and key not in optional]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing")
+    if op == "set_optimizer" and not entry.keys() & set(_TUNED):
+        raise ConfigError(f"{where}: expected one or more of {', '.join(_TUNED)}")
     if op == "emergency":
         return entry["boundary"], _emergency(entry, where)
     command = _command(op, entry)
@@ -139,7 +162,7 @@ def _emergency(entry: Mapping[str, Any], where: str) -> EmergencySignal:
 def _command(op: str, entry: Mapping[str, Any]) -> Command:
     reason = entry.get("reason", "script")
     match op:
-        case "scale_lr" | "change_optimizer":
+        case "scale_lr" | "set_lr" | "freeze" | "thaw" | "set_optimizer" | "undo" | "change_optimizer":
             return _optimizer_command(op, entry, reason)
         case "rollback":
             return do.rollback(step=entry.get("step"), reason=reason)
@@ -156,10 +179,17 @@ def _command(op: str, entry: Mapping[str, Any]) -> Command:
 
 
 def _optimizer_command(op: str, entry: Mapping[str, Any], reason: str) -> Command:
-    if op == "scale_lr":
-        return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
-    settings = {key: float(entry[key]) for key in ("lr", "momentum", "weight_decay") if key in entry}
-    return do.change_optimizer(entry["optimizer"], **settings, reason=reason)
+    values = {name: float(entry[name]) for name in _TUNED if name in entry}
+    match op:
+        case "change_optimizer":
+            return do.change_optimizer(entry["optimizer"], **values, reason=reason)
+        case "scale_lr":
+            return do.scale_lr(entry["group"], float(entry["factor"]), reason=reason)
+        case "freeze" | "thaw" | "undo":
+            make = {"freeze": do.freeze, "thaw": do.thaw, "undo": do.undo}[op]
+            return make(entry["group"], reason=reason)
+        case _:
+            return do.set_optimizer(entry["group"], reason=reason, **values)
 
 
 def _check_type(value: Any, accepted: Any, where: str) -> None:
