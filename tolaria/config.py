@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.config_fields import doc, require
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
 
@@ -251,6 +252,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     lr: LRConfig = field(default_factory=LRConfig)
     kasmina: KasminaConfig = field(default_factory=KasminaConfig)
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
     tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

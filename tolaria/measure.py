@@ -34,7 +34,8 @@ class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
     ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
-    ``own_ms`` each rank's own milliseconds in a step.
+    ``own_ms`` each rank's own milliseconds in a step. ``owners``: how the samples of each seed
+    counted in the host's gradient, by slot (see `Replica.owner_metrics`).
     """
 
     train_loss: float
@@ -42,6 +43,7 @@ class Report:
     val_accuracy: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     own_ms: Sequence[float] = ()
+    owners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -115,7 +117,8 @@ class Evaluator:
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms)
+        owners = self.replica.owner_metrics()
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, owners)
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()

@@ -73,6 +73,7 @@ class RunRecord:
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
             own_ms=[round(ms, 3) for ms in report.own_ms],
+            owners=_owners(report, state),
         )  # fmt: skip
         self._row(report)
         self._tell_stragglers(report)
@@ -183,6 +184,12 @@ class RunRecord:
 def _epoch(state: TrainState) -> int:
     """The epoch that is running, or that has just ended, counted from 1."""
     return state.sampler.epoch + bool(state.sampler.cursor)
+
+
+def _owners(report: Report, state: TrainState) -> dict[str, dict[str, float]]:
+    """How the samples of each seed counted, with the alpha at which the seed acted."""
+    seeds = state.kasmina.seeds
+    return {slot: {"alpha": seeds[slot].alpha_value, **found} for slot, found in report.owners.items()}
 
 
 def _score_to_json(score: Score | None) -> dict[str, Any] | None:

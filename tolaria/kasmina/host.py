@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
@@ -41,6 +41,7 @@ class Kasmina:
         config: KasminaConfig,
         run_seed: int,
         device: torch.device,
+        seam: Tensor | None = None,
     ) -> None:
         self.slots = dict(slots)
         self.config = config
@@ -53,6 +54,7 @@ class Kasmina:
                 shape=tuple(shapes[name]),
                 alpha=torch.zeros((), device=device),
                 norms=NormRing(config.gradient_window, device),
+                seam=seam,
             )
             for name in sorted(slots)
         }
