@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_ROUNDING = 1e-12
+"""Cosines closer to 0 than this are no conflict: what is left of a gradient that was projected away is rounding."""
 _BLOCK = 1024
 """Elements that are added up in one go; sums of blocks are then added up the same way."""
 
@@ -73,9 +75,10 @@ def projection(products: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     mixed = torch.eye(count, dtype=torch.float64, device=products.device)  # row i: what g_i has become
     conflicts = torch.zeros(count, dtype=torch.float64, device=products.device)
     squares = products.diagonal()
+    norms = squares.sqrt()
     for other in order.unbind(1):
         along = (mixed * products[other]).sum(1)
-        conflicting = (along < 0) & (other != own)
+        conflicting = (along < -_ROUNDING * norms * norms[other]) & (other != own)
         share = along / torch.where(squares[other] > 0, squares[other], 1.0)
         mixed[own, other] -= torch.where(conflicting, share, 0.0)
         conflicts += conflicting
