@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 from tests.dist.jobs_growth import collectives, digests
-from tests.owned import gradients, of_host, owned_config, owned_rig
+from tests.owned import Gradients, distance, gradients, of_host, owned_config, owned_rig
 from tests.rig import Rig, same_bits
 from tolaria.config import Config
 from tolaria.dist import init_world
@@ -65,3 +66,27 @@ def training_seed(mode: str) -> list[str]:
         with on_all_ranks(config, seeds, owner=lambda _: -1, dtype=torch.float32) as rig:
             found.append(of_host(gradients(rig, STEPS)))
     return [name for name in found[0] if not same_bits(found[0][name], found[1][name])]
+
+
+def compiled_and_eager(mode: str) -> dict[str, Any]:
+    """The same steps eager and compiled; owners differ between microbatches, alpha and weights between steps."""
+    seeds = {"a": "TRAINING", "b": "BLENDING", "c": "PROBATIONARY"}
+    donated = torch._functorch.config.donated_buffer
+    found: list[Gradients] = []
+    told: dict[str, Any] = {}
+    for compiled in (False, True):
+        config = owned_config(mode, compiled=compiled, accumulation=2, batch_size=3)
+        with on_all_ranks(config, seeds, owner=owner, opposed=True) as rig:
+            blending = rig.state.kasmina.seeds["b"]
+            blending.blend_steps, blending.blend_position = 8, 2
+            rig.replica.warm_up(rig.batches()[0])
+            graphs: int = counters["stats"]["unique_graphs"]
+            found.append(gradients(rig, 4))
+            told = {
+                "alpha": blending.alpha_value,
+                "compiled": rig.replica.compiled and graphs > 0,
+                "fallbacks": [event["reason"] for event in rig.told("compile_fallback")],
+                "new_graphs": counters["stats"]["unique_graphs"] - graphs,
+            }
+    restored = torch._functorch.config.donated_buffer == donated
+    return {**told, "distance": distance(found[1], found[0]), "setting_restored": restored}

@@ -94,6 +94,16 @@ def test_when_one_rank_fails_to_grow_all_are_as_before(two_ranks: RankPool, mode
         assert rank["again"] and len(set(rank["end"])) == 1
 
 
+@pytest.mark.parametrize("mode", OWN_SYNC)
+def test_compiled_steps_give_the_gradients_of_eager_ones_from_one_graph(two_ranks: RankPool, mode: str) -> None:
+    for told in two_ranks.run(f"{JOBS}:compiled_and_eager", mode=mode):
+        assert told["compiled"] and told["fallbacks"] == []
+        assert told["alpha"] == 0.75  # it moved, and nothing was compiled for that
+        assert told["new_graphs"] == 0
+        assert told["distance"] < 1e-6
+        assert told["setting_restored"]
+
+
 # Going on
 
 
