@@ -108,9 +108,9 @@ class FusedGradients:
         self._views = [_views(row, shared) + _views(of_own, own) for row in self._shared.unbind()]
 
     def begin(self) -> None:
-        """Empty the buffer, laid out anew if seeds came or went; rank 0's buffers go to all ranks."""
+        """Lay the buffer out anew if seeds came or went, and begin to count; rank 0's buffers go to all ranks."""
         self._plan()
-        self._flat.zero_()
+        self._tail.zero_()
         if self.sends_buffers:
             send_from_first((b for _, b in named_buffers_of(self.state)), self.world.data_group)
 
@@ -181,13 +181,19 @@ class WeightedGradients(FusedGradients):
         return loss.detach().sum()
 
     def _collect(self) -> None:
-        found = [(v, p.grad) for v, p in zip(self._views[0], self._parameters, strict=True) if p.grad is not None]
+        found = []
+        for view, parameter in zip(self._views[0], self._parameters, strict=True):
+            if parameter.grad is not None:
+                found.append((view, parameter.grad))
+            else:
+                view.zero_()
         if found:
             views, gradients = zip(*found, strict=True)
             torch._foreach_copy_(views, gradients)
 
     def _aggregate(self) -> None:
-        self._shared *= rescaling(self._table, self._tail)
+        if set(self._weights) != {1.0}:  # else it would be a factor of exactly 1
+            self._shared *= rescaling(self._table, self._tail)
 
 
 class ProjectedGradients(FusedGradients):
@@ -201,6 +207,11 @@ class ProjectedGradients(FusedGradients):
 
     def _num_rows(self) -> int:
         return len(self.owners.rows)
+
+    def begin(self) -> None:
+        """Also empty the buffer, into which the owners' gradients are added."""
+        super().begin()
+        self._flat.zero_()
 
     @contextmanager
     def microbatch(self, batch: Batch, position: int, *, last: bool) -> Iterator[None]:

@@ -10,10 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.dist.jobs_growth import collectives, digests
-from tests.owned import Gradients, distance, gradients, of_host, owned_config, owned_rig
+from tests.dist.jobs_resume import own_rank
+from tests.owned import Gradients, distance, gradients, make_task, of_host, owned_config, owned_rig
 from tests.rig import Rig, same_bits
 from tolaria.config import Config
 from tolaria.dist import init_world
+from tolaria.errors import ReplicaMismatch
 from tolaria.leyline.types import SeedStage
 
 GLOBAL_BATCH = 16
@@ -90,3 +92,17 @@ def compiled_and_eager(mode: str) -> dict[str, Any]:
             }
     restored = torch._functorch.config.donated_buffer == donated
     return {**told, "distance": distance(found[1], found[0]), "setting_restored": restored}
+
+
+def unlike_models(mode: str) -> str:
+    """What a start says when rank 1's model is of another type."""
+    dtype = torch.float64 if own_rank() else torch.float32
+    world = init_world(device="cpu", timeout_s=30, control_timeout_s=30)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Rig.build(Path(folder), world=world, config=owned_config(mode, "kasmina"), make=make_task, dtype=dtype)
+    except ReplicaMismatch as error:
+        return str(error)
+    finally:
+        world.close()
+    return ""

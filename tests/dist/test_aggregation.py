@@ -104,6 +104,12 @@ def test_compiled_steps_give_the_gradients_of_eager_ones_from_one_graph(two_rank
         assert told["setting_restored"]
 
 
+@pytest.mark.parametrize("mode", OWN_SYNC)
+def test_ranks_with_unlike_models_are_told_so_at_the_start(two_ranks: RankPool, mode: str) -> None:
+    told = two_ranks.run(f"{JOBS}:unlike_models", mode=mode)
+    assert all("the model's list of parameters differs over ranks" in error for error in told)
+
+
 # Going on
 
 
@@ -127,7 +133,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     )
     whole = train(folder=str(tmp_path / "whole"))
     assert whole[0]["stages"] == AT_THE_END
-    for at in ("training", "blending", "after_growth"):
+    for at in ("blending", "after_growth"):
         step, stages = STOPS[at]
         folder = tmp_path / at
         stopped = train(folder=str(folder), stop_step=step)
@@ -140,6 +146,18 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     last = owners_told(tmp_path / "whole")[-1]
     assert last["first"]["share"] == pytest.approx(0.5, abs=0.1)
     assert ("conflicts" in last["first"]) == (mode == "pcgrad")
+
+
+@pytest.mark.parametrize("mode", OWN_SYNC)
+def test_a_run_that_went_back_is_bit_equal_too(two_ranks: RankPool, tmp_path: Path, script: str, mode: str) -> None:
+    run = partial(two_ranks.run, "tests.dist.jobs_recovery:run", script=script, mode=mode, amp="fp16")
+    clean = run(folder=str(tmp_path / "clean"))
+    flip = {"what": "flip", "name": "seed/first", "rank": 1, "step": 14}
+    went_back = run(folder=str(tmp_path / "back"), faults=[flip])
+    assert [told["error"] for told in [*clean, *went_back]] == [""] * 4
+    assert [incident[0] for incident in went_back[0]["incidents"]] == ["drift"]
+    assert {told["digest"] for told in went_back} == {told["digest"] for told in clean}
+    assert owners_told(tmp_path / "back")[-1] == owners_told(tmp_path / "clean")[-1] != {}
 
 
 def test_another_mode_is_another_run(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_the_packet_tells_how_the_run_does(rig: Rig) -> None:
     assert (metrics["metric/top2"], metrics["boundaries_left"], metrics["conservative"]) == (0.875, 4, 0)
     assert (metrics["slot_rank/early"], metrics["slot_rank/late"]) == (1, 1)
     assert metrics["parameters"] == rig.state.parameter_count
+
+
+def test_the_packet_tells_how_the_samples_of_each_seed_counted(rig: Rig) -> None:
+    rig.grow("early", SeedStage.TRAINING)
+    owners = {"early": {"weight": 0.1, "share": 0.25, "shared_norm": math.inf, "conflicts": 3.0}}
+    early, late = told(rig, replace(HEALTHY, owners=owners)).seeds
+    assert early.metrics.items() >= {"share": 0.25, "shared_norm": MAX_MEASUREMENT, "conflicts": 3.0}.items()
+    assert early.metrics["weight"] == pytest.approx(0.1)
+    assert "alpha" in early.metrics and late.metrics == {}
 
 
 @pytest.mark.parametrize(

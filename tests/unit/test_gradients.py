@@ -283,6 +283,30 @@ def test_an_owner_whose_gradient_is_not_finite_makes_the_step_none(tmp_path: Pat
         assert [n for n, t in rig.state.tensors().items() if not same_bits(t, before[n])] == []
 
 
+@pytest.mark.parametrize("mode", OWN_SYNC)
+def test_a_parameter_that_a_step_did_not_use_has_a_gradient_of_zero(tmp_path: Path, mode: str) -> None:
+    def unused(h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+    with owned_rig(tmp_path, owned_config(mode), MIXED, owner=owner) as rig:
+        assert all(g.any() for g in of_host(gradients(rig)).values())
+        rig.state.objective.model.get_submodule("layers.3").forward = unused
+        found = of_host(gradients(rig))
+        assert [n for n, g in found.items() if not g.any()] == ["layers.3.weight", "layers.3.bias"]
+
+
+@pytest.mark.parametrize("mode", OWN_SYNC)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_another_type_get_gradients_of_it(tmp_path: Path, mode: str, dtype: torch.dtype) -> None:
+    found = []
+    for each in ("sum", mode):
+        with owned_rig(tmp_path / each, owned_config(each, "kasmina"), {"a": SeedStage.BLENDING}, dtype=dtype) as rig:
+            found.append(gradients(rig))
+    assert {name: g.dtype for name, g in found[1].items()} == {name: g.dtype for name, g in found[0].items()}
+    assert {g.dtype for g in of_host(found[1]).values()} == {dtype}
+    assert distance(found[1], found[0]) < 1e-2
+
+
 # Accumulation, scaling, isolation, telemetry
 
 
