@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.config_fields import doc, require
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
@@ -237,6 +238,7 @@ class Config:
     lr: LRConfig = field(default_factory=LRConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     kasmina: KasminaConfig = field(default_factory=KasminaConfig)
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
     tamiyo: TamiyoConfig = field(default_factory=TamiyoConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

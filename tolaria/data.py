@@ -9,6 +9,7 @@ rank takes part in every collective, and the shapes (and with them the compiled 
 """
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tolaria.config import DataConfig
 from tolaria.errors import TaskError
 from tolaria.objective import Batch
-from tolaria.task import Task, users_code
+from tolaria.task import NOBODY, Task, users_code
 from tolaria.workers import LOOK_S, load
 
 Plan = list[tuple[list[int], list[float]]]
@@ -168,6 +169,8 @@ class Loader:
     def __init__(self, task: Task, config: DataConfig, device: torch.device, emit: Callable[..., None]) -> None:
         """``emit``: `EventLog.emit`; is told of loader processes that were replaced."""
         self.task = task
+        # How many slots there are, once it is known: the seed ids of samples are checked against it.
+        self.num_slots: int | None = None
         self._emit = emit
         self.config = config
         self.device = device
@@ -201,15 +204,22 @@ class Loader:
     def _loaded(self, items: Iterator[Any], plan: Plan) -> Iterator[Batch]:
         with users_code("loading the task's data"):
             for item, (_, weights) in zip(items, plan, strict=True):
-                yield self._pair(item, weights)
+                yield self._batch(item, weights)
 
     def _tell(self, reason: str, batch: int) -> None:
         self._emit("loader_restarted", "warning", reason=reason, batch=batch)
 
-    def _pair(self, item: Any, weights: list[float]) -> Batch:
-        if not (isinstance(item, (tuple, list)) and len(item) == 2):
-            raise TaskError(f"the task's collate returned {type(item).__name__}; expected a pair (inputs, targets)")
-        return Batch(item[0], item[1], torch.tensor(weights))
+    def _batch(self, item: Any, weights: list[float]) -> Batch:
+        if not (isinstance(item, (tuple, list)) and len(item) in (2, 3)):
+            raise TaskError(
+                f"the task's collate returned {type(item).__name__}; expected a pair (inputs, targets) or a triple "
+                "(inputs, targets, seed ids)"
+            )
+        counts = torch.tensor(weights)
+        if len(item) == 2:
+            return Batch(item[0], item[1], counts)
+        ids = _checked_ids(item[2], len(weights), self.num_slots)
+        return Batch(item[0], item[1], counts, ids, tuple(ids[counts > 0].unique().tolist()))
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         # The copy of the next batch runs on a stream of its own while this one is computed.
@@ -217,7 +227,7 @@ class Loader:
         while following is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)  # type: ignore[arg-type]
             current = following
-            for tensor in _tensors((current.inputs, current.targets, current.weights)):
+            for tensor in _tensors((current.inputs, current.targets, current.weights, current.seed_ids)):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
             following = self._copy(next(batches, None))
             yield current
@@ -226,7 +236,21 @@ class Loader:
         if batch is None:
             return None
         with torch.cuda.stream(self._stream):
-            return Batch(*(_move(part, self.device) for part in (batch.inputs, batch.targets, batch.weights)))
+            names = ("inputs", "targets", "weights", "seed_ids")
+            return replace(batch, **{name: _move(getattr(batch, name), self.device) for name in names})
+
+
+def _checked_ids(ids: Any, batch: int, num_slots: int | None) -> Tensor:
+    """The seed ids of a batch, (batch,), int64. Raises TaskError for anything that is none."""
+    if not isinstance(ids, Tensor) or ids.shape != (batch,) or ids.dtype != torch.int64:
+        seen = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TaskError(f"the seed ids of a batch are {seen}; expected an int64 tensor of shape ({batch},)")
+    most = (num_slots if num_slots is not None else 2**31) - 1
+    if bool(((ids < NOBODY) | (ids > most)).any()):
+        wrong = sorted({i for i in ids.tolist() if not NOBODY <= i <= most})
+        slots = f"; the run has {num_slots} slots" if num_slots is not None else ""
+        raise TaskError(f"seed ids {wrong[:5]} in a batch: expected {NOBODY} (nobody's) to {most}{slots}")
+    return ids
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -158,6 +158,7 @@ class Trainer:
             if came is None:
                 return
             saved = came.local_meta if came.local_meta is not None else came.first_meta
+            parts.step.replica.tally.load_state_dict(saved["tally"])
             if came.local_meta is not None:
                 self.meters.load_state_dict(came.local_meta["meters"])
             self._last_boundary_step = int(saved["last_boundary_step"])
@@ -273,6 +274,7 @@ class Trainer:
     def _local_meta(self) -> dict[str, Any]:
         return {
             "meters": self.meters.state_dict(),
+            "tally": self.parts.step.replica.tally.state_dict(),
             "last_boundary_step": self._last_boundary_step,
             "coordinator": self.parts.coordinator.state_dict(),
             "record": self.parts.record.state_dict(),
@@ -289,6 +291,7 @@ class Trainer:
         if own is not None:
             self.meters.load_state_dict(own["meters"])
         saved = own if own is not None else first
+        self.parts.step.replica.tally.load_state_dict(saved["tally"])
         self._last_boundary_step = int(saved["last_boundary_step"])
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])

@@ -52,9 +52,9 @@ class Report:
     ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
     ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
     ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``worth``: what seeds were
-    found to be worth at this boundary, by slot. ``signals``: what growth promises at each free
-    slot. ``flops``: of one sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the
-    signals took on this rank.
+    found to be worth at this boundary, by slot. ``signals``: what growth promises at each free slot. ``flops``: of one
+    sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the signals took on this rank.
+    ``owners``: how each seed's samples counted in the host's gradient, by slot (see `Replica.owner_metrics`).
     """
 
     train_loss: float
@@ -68,6 +68,7 @@ class Report:
     signals: Signals = field(default_factory=dict)
     flops: int | None = None
     signal_ms: float = 0.0
+    owners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,10 @@ class Evaluator:
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise,
-                      step_ms=values["step_ms"] / self.world.world_size)  # fmt: skip
+        step_ms = values["step_ms"] / self.world.world_size
+        owners = self.replica.owner_metrics()
+        loss, accuracy = means.pop("loss"), means.pop("accuracy")
+        return Report(train_loss, loss, accuracy, means, own_ms, noise, step_ms=step_ms, owners=owners)
 
     def _worth(self, values: Mapping[str, float]) -> dict[str, Worth]:
         found = {}

@@ -14,11 +14,17 @@ from tolaria.task import Task
 
 @dataclass(frozen=True)
 class Batch:
-    """One microbatch on the device. ``weights``: shape (batch,), float32; 0 for samples that only fill up."""
+    """One microbatch on the device. ``weights``: shape (batch,), float32; 0 for samples that only fill up.
+
+    ``seed_ids``: which seed each sample belongs to, shape (batch,), int64, as `tolaria.Task` defines them; None where
+    the data does not say. ``seeds_present``: the ids of the samples that count, known without asking the device.
+    """
 
     inputs: Any
     targets: Any
     weights: Tensor
+    seed_ids: Tensor | None = None
+    seeds_present: tuple[int, ...] = ()
 
 
 def per_sample(values: Any, batch: int, what: str) -> Tensor:
@@ -36,11 +42,14 @@ def per_sample(values: Any, batch: int, what: str) -> Tensor:
 class Objective(nn.Module):
     """Weighted loss of one microbatch: ``sum_i weights[i] * loss_i``, a 0-D float32 tensor.
 
-    The slots hang here as well as in the model, so that the seeds of attached slots are part of this module.
+    Not ``summed``, it is the vector of ``weights[i] * loss_i``, shape (batch,), from which a gradient of some of the
+    samples can be asked for. The slots hang here as well as in the model, so that the seeds of attached slots are part
+    of this module.
     """
 
-    def __init__(self, task: Task, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, task: Task, slots: Mapping[str, Slot], *, summed: bool = True) -> None:
         super().__init__()
+        self.summed = summed
         self.model = task.model
         self.slots = nn.ModuleList(slots.values())
         self.loss = task.loss
@@ -48,7 +57,8 @@ class Objective(nn.Module):
     def forward(self, inputs: Any, targets: Any, weights: Tensor) -> Tensor:
         """``inputs`` and ``targets`` as the task's collate made them; ``weights``: (batch,), float32."""
         losses = self.loss(self.model(inputs), targets)
-        return (per_sample(losses, weights.shape[0], "the task's loss") * weights).sum()
+        weighted = per_sample(losses, weights.shape[0], "the task's loss") * weights
+        return weighted.sum() if self.summed else weighted
 
 
 def weighted_values(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from tolaria.kasmina.tap import passed_through, tapped
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import Batch, Objective
 from tolaria.replica import Replica, evaluating
-from tolaria.state import TrainState, load_rng_tensors, named_buffers_of, rng_tensors
+from tolaria.state import TrainState, named_buffers_of
+from tolaria.streams import load_rng_tensors, rng_tensors
 from tolaria.task import Task, users_code
 
 NO_POLICY = "none"

@@ -75,6 +75,7 @@ class RunRecord:
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
             own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise, signals=report.signals,
             flops_per_sample=report.flops,
+            owners=_owners(report, state),
         )  # fmt: skip
         for ended in self.lives.boundary(report):
             self.events.emit("seed_judged", **ended.to_dict())
@@ -175,6 +176,12 @@ class RunRecord:
 def _epoch(state: TrainState) -> int:
     """The epoch that is running, or that has just ended, counted from 1."""
     return state.sampler.epoch + bool(state.sampler.cursor)
+
+
+def _owners(report: Report, state: TrainState) -> dict[str, dict[str, float]]:
+    """How the samples of each seed counted, with the alpha at which the seed acted."""
+    seeds = state.kasmina.seeds
+    return {slot: {"alpha": seeds[slot].alpha_value, **found} for slot, found in report.owners.items()}
 
 
 def _score_to_json(score: Score | None) -> dict[str, Any] | None:

@@ -1,38 +1,32 @@
 """This rank's compiled, data-parallel form of the objective: compile inside, DDP outside, shadows beside.
 
-    DDP( Objective.compile() )      host and seeds that act on the output; rebuilt only when what it trains changed
+    sync( Objective.compile() )     host and seeds that act on the output; gradients.py or fused.py reduce what it gives
     Shadow twin .compile()          one per TRAINING seed; its own gradients, its own collective
 
-A parameter added to a module after DDP wrapped it is silently never reduced, so every change of structure ends here.
+A parameter that comes later is silently never reduced, so every change of structure ends here.
 """
 
-import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.nn.parallel import DistributedDataParallel
 
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
+from tolaria.fused import WEIGHT_FLOOR, WEIGHT_FLOOR_FP16, ProjectedGradients, WeightedGradients
+from tolaria.gradients import DdpGradients, GradientSync, send_from_first
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
 from tolaria.objective import Batch, Objective
+from tolaria.owners import Owners
 from tolaria.state import TrainState, named_buffers_of
+from tolaria.tally import Tally
 from tolaria.telemetry.events import EventLog
 
-# The newer name keeps the sync of buffers at construction, the older one is all that torch 2.11 knows.
-_SYNC_BUFFERS = (
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-    else "broadcast_buffers"
-)
 _FINE, _NOT_COMPILED, _BROKEN = range(3)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,28 +41,30 @@ class Replica:
         self.events = events
         self.compiled = config.compile.enabled
         self.shadows: list[tuple[Seed, Objective]] = []
-        # Whether DDP's forward pass begins by sending rank 0's buffers to all ranks.
-        self.sends_buffers = False
-        self._ddp: DistributedDataParallel | None = None
-        self._wrapped: list[str] = []
+        self.tally = Tally(list(state.kasmina.seeds), world.device)
+        self.sync = _make_sync(state, world, config, self.tally)
         self._warm: set[object] = set()
         self._moving: set[str] = set()
         self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
         # One code object serves every structure of the run, so dynamo's own limit is far too low.
         limit = config.compile.structure_limit
-        self._limits = torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
+        self._settings = ExitStack()
         if self.compiled:
-            self._limits.__enter__()
+            self._settings.enter_context(
+                torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
+            )
+            if config.aggregate.mode == "pcgrad":
+                # A graph that has given its buffers away can not run backward a second time.
+                self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
             state.objective.compile(mode=config.compile.mode)
 
     def close(self) -> None:
-        """Let go of DDP's hooks, of dynamo's limits, and of the eager stance if a failed compile had set it."""
-        self._ddp = None
+        """Let go of hooks and buffers, of the compiler's settings, and of the eager stance if a failed compile had set
+        it."""
+        self.sync.close()
         self.shadows = []
-        if not self.config.compile.enabled:
-            return
-        self._limits.__exit__(None, None, None)
-        if not self.compiled:
+        self._settings.close()
+        if self.config.compile.enabled and not self.compiled:
             torch.compiler.set_stance("default")
 
     def autocast(self) -> torch.autocast:
@@ -78,7 +74,7 @@ class Replica:
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=amp != "off")
 
     def rebuild(self, *, first: bool = False, afresh: bool = False) -> None:
-        """Bring DDP and the shadow twins in line with the structure. All ranks call it; no collective but at ``first``.
+        """Follow the structure with gradients and shadow twins. All ranks call it; no collective but at ``first``.
 
         ``first`` broadcasts rank 0's weights and buffers; later the weights are known to be equal. ``afresh`` makes a
         new wrapper in any case, for ranks that may hold wrappers of different ages: a new one agrees on its buckets in
@@ -88,42 +84,16 @@ class Replica:
         blend = self.config.kasmina.blend
         self._kept = None
         self.shadows = [(s, make_twin(objective, "slots", s, blend)) for s in self.state.kasmina.shadow_seeds()]  # type: ignore[misc]
-        if self.compiled:
-            for _, twin in self.shadows:
+        for _, twin in self.shadows:
+            twin.summed = True
+            if self.compiled:
                 twin.compile(mode=self.config.compile.mode)
-        wanted = [name for name, p in objective.named_parameters() if p.requires_grad]
-        if self.world.data_group is None or (wanted == self._wrapped and not (first or afresh)):
-            return
-        # The old wrapper must be gone before the new one: its hooks would reduce every gradient a second time.
-        self._ddp = None
-        self._wrapped = wanted
-        if wanted:
-            self._ddp = self._wrap(objective, init_sync=first)
-
-    def _wrap(self, objective: Objective, *, init_sync: bool) -> DistributedDataParallel:
-        alphas = [name for name, _ in objective.named_buffers() if name.endswith(".form.alpha")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, alphas)
-        device = self.world.device
-        self.sends_buffers = next(named_buffers_of(self.state), None) is not None
-        sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: self.sends_buffers}
-        return DistributedDataParallel(
-            objective,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            process_group=self.world.data_group,
-            init_sync=init_sync,
-            **sync_buffers,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=self.config.dist.growth_bucket_mb,
-        )
+        self.sync.rebuild(first=first, afresh=afresh)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Forward of one microbatch: the weighted loss, 0-D float32. In the autocast context of `autocast`."""
-        module = self._ddp if self._ddp is not None else self.state.objective
-        return module(batch.inputs, batch.targets, batch.weights)  # type: ignore[no-any-return]
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Context in which backward does not reduce gradients over ranks (every microbatch but the last)."""
-        return self._ddp.no_sync() if self._ddp is not None else nullcontext()
+        """Forward of one microbatch, in the autocast context of `autocast`: its weighted loss, 0-D float32, or where
+        owners matter (aggregate.mode) that of each sample, (batch,)."""
+        return self.sync.module(batch.inputs, batch.targets, batch.weights)  # type: ignore[no-any-return]
 
     def shadow_backward(self, batch: Batch) -> None:
         """Forward and backward of every TRAINING seed's shadow; adds to the seeds' gradients on this rank only."""
@@ -141,10 +111,24 @@ class Replica:
         average_gradients([seed for seed, _ in self.shadows], self.world.data_group, self.world.world_size)
 
     def synchronise_buffers(self) -> None:
-        """Rank 0's buffers (running statistics) on every rank, as DDP's next forward would make them anyway."""
-        if self.world.data_group is not None:
-            for _, buffer in named_buffers_of(self.state):
-                dist.broadcast(buffer, src=0, group=self.world.data_group)
+        """Rank 0's buffers (running statistics) on every rank, as the next step would make them anyway."""
+        send_from_first((buffer for _, buffer in named_buffers_of(self.state)), self.world.data_group)
+
+    def owner_metrics(self) -> dict[str, dict[str, float]]:
+        """How the samples of each seed counted since the last boundary; begins anew. Waits for the device.
+
+        By slot that holds a seed: "weight" now, and means of "share" (of the sample weight), "shared_norm" (of its
+        gradient on the host), and the number of "conflicts"; nothing with aggregate.mode=sum.
+        """
+        mode = self.config.aggregate.mode
+        if mode == "sum":
+            return {}
+        found = self.tally.take()
+        seeds = [seed for seed in self.state.kasmina.seeds.values() if seed.occupied]
+        return {
+            seed.slot: {"weight": seed.gradient_weight if mode == "weighted" else 1.0, **found.get(seed.slot, {})}
+            for seed in seeds
+        }
 
     def keep_buffers(self) -> None:
         """Copy the buffers that a forward pass moves (running statistics), for `put_back_buffers`. Does not wait."""
@@ -219,10 +203,10 @@ class Replica:
         buffers = [(name, b, b.clone()) for name, b in named_buffers_of(self.state)]
         try:
             with random_streams_kept(self.world.device):
-                with self._apart():
+                with self.sync.apart():
                     with self.autocast():
                         loss = self.loss(batch)
-                    loss.backward()
+                    loss.backward(torch.ones_like(loss))
                 self.shadow_backward(batch)
             missing = [n for n, p in self._trained_parameters() if p.grad is None]
         finally:
@@ -238,19 +222,6 @@ class Replica:
                 "with requires_grad_(False)"
             )
 
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """DDP without any collective, of gradients or of buffers: ranks take their trials one after another, and one
-        that fails leaves no other waiting."""
-        with self.no_sync():
-            if self._ddp is not None:
-                self._ddp.require_forward_param_sync = False
-            try:
-                yield
-            finally:
-                if self._ddp is not None:
-                    self._ddp.require_forward_param_sync = True
-
     def _trained(self) -> list[str]:
         return [name for name, _ in self._trained_parameters()]
 
@@ -258,6 +229,21 @@ class Replica:
         yield from ((n, p) for n, p in self.state.objective.named_parameters() if p.requires_grad)
         for seed, _ in self.shadows:
             yield from seed.named_parameters().items()
+
+
+def _make_sync(state: TrainState, world: World, config: Config, tally: Tally) -> GradientSync:
+    """What produces gradients with ``aggregate.mode``."""
+    mode = config.aggregate.mode
+    if mode == "sum":
+        return DdpGradients(state, world, config.dist.growth_bucket_mb)
+    owners = Owners(state.kasmina.seeds, state.sampler, config.aggregate, world.device)
+    if mode == "pcgrad":
+        return ProjectedGradients(state, world, owners, tally, run_seed=config.run.seed)
+    seam = next(iter(state.kasmina.seeds.values())).seam
+    if seam is None:
+        raise ValueError("aggregate.mode='weighted': expected slots with a seam, as build_state makes them")
+    floor = WEIGHT_FLOOR_FP16 if config.precision.amp == "fp16" else WEIGHT_FLOOR
+    return WeightedGradients(state, world, owners, tally, seam=seam, floor=floor)
 
 
 @contextmanager

@@ -223,6 +223,8 @@ def facts_of(config: Config, task: Callable[..., Task] | None, world: World) -> 
         "precision.amp": config.precision.amp,
         "kasmina.slots": dict(config.kasmina.slots),
         "kasmina.blend": config.kasmina.blend,
+        "aggregate.mode": config.aggregate.mode,
+        "aggregate.attribution": config.aggregate.attribution,
         "ranks": world.world_size,
         "torch": str(torch.__version__),
         "tolaria": __version__,

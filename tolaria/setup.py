@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from tolaria.config import Config, OptimConfig, TrainConfig
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.data import EpochSampler, Loader, dataset_size
 from tolaria.dist import World
-from tolaria.errors import TaskError
+from tolaria.errors import ConfigError, TaskError
 from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
 from tolaria.leyline.limits import is_name
-from tolaria.objective import Objective
+from tolaria.objective import Batch, Objective
 from tolaria.optim.footprint import bytes_per_parameter
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
@@ -37,13 +38,19 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     _check_metrics(task, len(slots))
     _check_loss(task)
     size = dataset_size(task.train, "training")
-    objective = Objective(task, slots)
-    shapes = _probe(objective, slots, loader, debug=config.train.debug)
+    loader.num_slots = len(slots)
+    batch = next(iter(loader.batches(task.train, [([0, 0], [0.5, 0.5])])))
+    _check_owners(config.aggregate, len(slots), batch)
+    objective = Objective(task, slots, summed=config.aggregate.mode == "sum")
+    shapes = _probe(objective, slots, batch, debug=config.train.debug)
+    weighted = config.aggregate.mode == "weighted"
+    seam = torch.ones(config.train.batch_size, device=world.device) if weighted else None
     optim = _optimizer_settings(config.optim, task)
     optimizer = build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device)
     kasmina = Kasmina(
-        slots, shapes, config.kasmina, config.run.seed, world.device, bytes_per_parameter=bytes_per_parameter(optimizer)
-    )
+        slots, shapes, config.kasmina, config.run.seed, world.device,
+        bytes_per_parameter=bytes_per_parameter(optimizer), seam=seam,
+    )  # fmt: skip
     sampler = EpochSampler(
         size, seed=config.run.seed, rank=world.global_rank,
         world_size=world.world_size, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
@@ -78,13 +85,23 @@ def boundaries_left(config: TrainConfig, state: TrainState) -> int:
     return max(0, -(-(planned_steps(config, state.sampler) - state.step) // every))
 
 
-def _probe(
-    objective: Objective, slots: dict[str, Slot], loader: Loader, *, debug: bool
-) -> dict[str, tuple[int, ...]]:  # fmt: skip
+def _probe(objective: Objective, slots: dict[str, Slot], batch: Batch, *, debug: bool) -> dict[str, tuple[int, ...]]:
     """The per-sample shape at every slot, from one forward pass over two samples."""
-    batch = next(iter(loader.batches(loader.task.train, [([0, 0], [0.5, 0.5])])))
     with evaluating(objective), users_code("the model, run on two samples,", debug=debug):
         return probe_shapes(slots, lambda: objective.model(batch.inputs))
+
+
+def _check_owners(config: AggregateConfig, num_slots: int, batch: Batch) -> None:
+    """Raise ConfigError where every sample would be the host's, so that the mode could do nothing."""
+    if config.mode == "sum":
+        return
+    if not num_slots:
+        raise ConfigError(f"aggregate.mode={config.mode!r}: the model has no slot to grow a seed in; expected 'sum'")
+    if config.attribution == "data" and batch.seed_ids is None:
+        raise ConfigError(
+            f"aggregate.mode={config.mode!r}: the task's items are pairs and do not say which seed a sample belongs "
+            "to; give triples (input, target, seed id), or set aggregate.attribution='kasmina'"
+        )
 
 
 def _check_loss(task: Task) -> None:

@@ -1,6 +1,6 @@
 """One optimizer step.
 
-microbatches   forward + loss (autocast, compiled) -> backward, reduced over ranks on the last one only
+microbatches   forward + loss (autocast, compiled) -> backward; reduced over ranks once, in or after the last one
 shadows        TRAINING seeds learn beside the host, in a collective of their own
 gradients      unscale -> norms -> clip, host and each seed by itself; those of frozen groups are dropped
 verdict        is the reduced gradient finite, and may the step count? the same answer on every rank
@@ -36,8 +36,8 @@ class StepResult:
 
     ``value``: the same as a number. ``taken`` is False when the reduced gradient was not finite and nothing was
     updated, alike on all ranks. ``verdict``: what the fence said before the update. ``alone_until``: the last
-    moment that does not depend on other ranks (`time.perf_counter`): the end of the last forward pass, or, where DDP
-    sends buffers to all ranks before it, its beginning.
+    moment that does not depend on other ranks (`time.perf_counter`): the end of the last forward pass, or, where the
+    step begins by sending buffers to all ranks, its beginning.
     """
 
     loss: Tensor
@@ -48,7 +48,7 @@ class StepResult:
 
 
 class TrainStep:
-    """Takes one optimizer step from a group of microbatches. Collective through DDP; all ranks call it alike."""
+    """Takes one optimizer step from a group of microbatches. Collective; all ranks call it alike."""
 
     def __init__(
         self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool, compiled: bool = False
@@ -102,17 +102,18 @@ class TrainStep:
         return StepResult(loss, value, taken, verdict, self._alone_until)
 
     def _backward(self, group: Sequence[Batch]) -> Tensor:
-        scale = self.state.scaler.scale
+        sync = self.replica.sync
         total = torch.zeros((), device=self.replica.world.device)
+        started = perf_counter()
+        sync.begin()
         for position, batch in enumerate(group):
-            with nullcontext() if position == len(group) - 1 else self.replica.no_sync():
-                before = perf_counter()
+            with sync.microbatch(batch, position, last=position == len(group) - 1):
                 with self.replica.autocast():
                     loss = self.replica.loss(batch)
-                self._alone_until = before if self.replica.sends_buffers else perf_counter()
-                scale(loss).backward()
+                self._alone_until = started if sync.sends_buffers else perf_counter()
+                total += sync.backward(loss)
             self.replica.shadow_backward(batch)
-            total += loss.detach()
+        sync.finish()
         self.replica.average_shadow_gradients()
         return total
 

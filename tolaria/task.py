@@ -18,6 +18,9 @@ from torch.utils.data import Dataset, default_collate
 
 from tolaria.errors import TaskError
 
+NOBODY = -1
+"""The seed id of samples that belong to no seed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -26,14 +29,17 @@ class Task:
     model: any nn.Module; called as ``model(inputs)``.
     loss: ``loss(outputs, targets)`` -> one loss per sample, shape (batch,) or (batch, ...); Tolaria averages. It is
         per sample so that uneven last batches weigh every sample the same on any number of ranks.
-    train, validation: map-style datasets whose items are ``(input, target)``. An ``__getitems__(list[int])`` that
-        returns what ``collate`` takes is used when there is one.
+    train, validation: map-style datasets whose items are ``(input, target)``, or ``(input, target, seed id)`` where
+        samples belong to seeds: the index of the slot in the sorted slot names, or -1 for nobody's. What that does to
+        the host's gradient is ``aggregate.mode``; samples of a slot that holds no seed are nobody's. An
+        ``__getitems__(list[int])`` that returns what ``collate`` takes is used when there is one.
     accuracy: ``accuracy(outputs, targets)`` -> per-sample values in [0, 1], same shape rule as ``loss``.
     metrics: further validation metrics by name, same form as ``accuracy``.
     slots: places to grow, slot name -> path of a module in ``model`` (see ``nn.Module.named_modules``); slots that
         the model already contains as ``tolaria.Slot`` need no entry.
     optimizer: overrides of the ``optim`` section of the configuration, by key.
-    collate: makes one ``(inputs, targets)`` pair of batched tensors from a list of items.
+    collate: makes one ``(inputs, targets)`` pair of batched tensors from a list of items, or one
+        ``(inputs, targets, seed ids)`` triple, seed ids of shape (batch,), int64.
     """
 
     model: nn.Module

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.rig import Rig, alone, host_momentum, make_task, same_bits, tiny_config, way
 from tolaria import build
 from tolaria.config import CheckpointConfig, Config, DistConfig, LogConfig, RunConfig, TamiyoConfig, TrainConfig
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.coordinator.apply import Outcome
 from tolaria.dist import init_world
 from tolaria.kasmina.blueprints import LowRank, register_blueprint
@@ -39,6 +41,11 @@ def joined(config: Config | None = None, **task_args: Any) -> Iterator[Rig]:
 def digests(rig: Rig) -> list[str]:
     """The state digest of every rank."""
     return [digest.hex() for digest in rig.world.peers.gather_digests(rig.state.digest())]
+
+
+def in_mode(mode: str, config: Config) -> Config:
+    """The configuration with an ``aggregate.mode`` in which the samples are dealt to the seeds."""
+    return replace(config, aggregate=AggregateConfig(mode=mode, attribution="kasmina"))  # type: ignore[arg-type]
 
 
 def must(rig: Rig, *commands: Command) -> None:
@@ -115,7 +122,7 @@ def whole_run(folder: str, script: str, steps: int) -> dict[str, Any]:
 # Every command: momentum, digests, collectives
 
 
-def walk(signal: str) -> dict[str, Any]:
+def walk(signal: str, mode: str = "sum") -> dict[str, Any]:
     """One seed to FOSSILIZED with fine-tuning, another one to BLENDING and culled; what each command left behind."""
     commands = [
         do.germinate("early", "residual_mlp"),
@@ -130,7 +137,7 @@ def walk(signal: str) -> dict[str, Any]:
         do.fine_tune("early"),
         do.fossilize("early"),
     ]
-    with joined(tiny_config(signal=signal, output_ratio=1e6)) as rig:
+    with joined(in_mode(mode, tiny_config(signal=signal, output_ratio=1e6))) as rig:
         rig.train(4)
         told: list[dict[str, Any]] = []
         for command in commands:
@@ -141,7 +148,7 @@ def walk(signal: str) -> dict[str, Any]:
             applied = rig.apply(command)
             after = host_momentum(rig.state)
             unequal = [n for n in before if n not in after or not same_bits(before[n], after[n])]
-            in_the_first_step = _collectives(rig)
+            in_the_first_step = collectives(rig)
             rig.train(3)  # DDP settles its buckets in the second step after it was made
             told.append({
                 "command": applied.outcomes[0].code,
@@ -150,12 +157,12 @@ def walk(signal: str) -> dict[str, Any]:
                 "equal_ranks": len(set(digests(rig))) == 1,
                 "expected": {"gloo:all_reduce": 1 + bool(rig.replica.shadows)},
                 "first": in_the_first_step,
-                "settled": _collectives(rig),
+                "settled": collectives(rig),
             })  # fmt: skip
         return {"told": told, "stages": [s.stage.name for s in rig.state.kasmina.seeds.values()]}
 
 
-def _collectives(rig: Rig) -> dict[str, int]:
+def collectives(rig: Rig) -> dict[str, int]:
     """The collectives of the next step, by name."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         rig.train(1)
@@ -202,14 +209,14 @@ class Faulty(nn.Module):
         return f
 
 
-def fault_on_one_rank(fault: str, at: str, signal: str) -> dict[str, Any]:
+def fault_on_one_rank(fault: str, at: str, signal: str, mode: str = "sum") -> dict[str, Any]:
     """Command a seed up to the stage ``at``; at that command the last rank fails. Then train on.
 
     An untouched twin of the run takes the same steps and boundaries without that command.
     """
     register_blueprint("faulty", Faulty)
     with (
-        joined(tiny_config(signal=signal)) as rig,
+        joined(in_mode(mode, tiny_config(signal=signal))) as rig,
         tempfile.TemporaryDirectory() as folder,
         Rig.build(Path(folder), world=rig.world, config=rig.config) as twin,
     ):
@@ -221,7 +228,7 @@ def fault_on_one_rank(fault: str, at: str, signal: str) -> dict[str, Any]:
         twin.boundary()
         for each in (rig, twin):
             each.train(5)
-        trained = {"with": digests(rig), "without": digests(twin), "collectives": _collectives(rig)}
+        trained = {"with": digests(rig), "without": digests(twin), "collectives": collectives(rig)}
         again = rig.boundary(command).outcomes[0]  # now that the fault is gone
         rig.train(3)
         return {

@@ -36,6 +36,7 @@ from tolaria.config import (
     TamiyoConfig,
     TrainConfig,
 )
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.data import EpochSampler
 from tolaria.kasmina.blueprints import register_blueprint
 from tolaria.kasmina.slot import Slot
@@ -150,6 +151,7 @@ def make_config(
     compiled: bool = False,
     optimizer: str = "adamw",
     accumulation: int = 1,
+    mode: str = "sum",
 ) -> Config:
     """bf16, a boundary and a checkpoint every three steps, gates that open for every seed that was measured."""
     policy = TamiyoConfig(policy=f"script:{script}" if script else "none", deadline_ms=15_000)
@@ -166,6 +168,7 @@ def make_config(
         optim=OptimConfig(name=optimizer, lr=0.02),  # type: ignore[arg-type]
         lr=LRConfig(policy="cosine", warmup_steps=4, seed_warmup_steps=5),
         kasmina=gates,
+        aggregate=AggregateConfig(mode=mode, attribution="kasmina"),  # type: ignore[arg-type]
         tamiyo=policy,
         checkpoint=CheckpointConfig(every=1, keep=3),
         dist=DISTRIBUTED,

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,15 @@ def test_as_many_candidates_as_a_slot_can_have_fit_the_message(rig: Rig, monkeyp
         )
     state = told(rig, rig.evaluator.measure(Meters(TRAIN_METERS)))
     assert [len(seed.metrics) for seed in state.seeds] == [3 * MAX_CANDIDATES] * 2
+
+
+def test_the_packet_tells_how_the_samples_of_each_seed_counted(rig: Rig) -> None:
+    rig.grow("early", SeedStage.TRAINING)
+    owners = {"early": {"weight": 0.1, "share": 0.25, "shared_norm": math.inf, "conflicts": 3.0}}
+    early, late = told(rig, replace(HEALTHY, owners=owners)).seeds
+    assert early.metrics.items() >= {"share": 0.25, "shared_norm": MAX_MEASUREMENT, "conflicts": 3.0}.items()
+    assert early.metrics["weight"] == pytest.approx(0.1)
+    assert "alpha" in early.metrics and late.metrics == {}
 
 
 @pytest.mark.parametrize(

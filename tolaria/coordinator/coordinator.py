@@ -254,7 +254,7 @@ class Coordinator:
             experiment_name=self._facts.experiment,
             hardware=self._facts.hardware(),
             seeds=tuple(
-                _sendable(seed, report.signals.get(seed.seed_id, {}))
+                _sendable(seed, {**report.signals.get(seed.seed_id, {}), **report.owners.get(seed.seed_id, {})})
                 for seed in state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step))
             ),
             training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
@@ -284,6 +284,6 @@ class Coordinator:
             self._losses = deque(map(float.fromhex, state["losses"]), maxlen=LOSS_HISTORY)
 
 
-def _sendable(seed: SeedState, signals: Mapping[str, float]) -> SeedState:
-    metrics = {name: clip_measurement(value) for name, value in {**seed.metrics, **signals}.items()}
+def _sendable(seed: SeedState, further: Mapping[str, float]) -> SeedState:
+    metrics = {name: clip_measurement(value) for name, value in {**seed.metrics, **further}.items()}
     return replace(seed, gradient_norm=clip_measurement(seed.gradient_norm), metrics=metrics)

@@ -80,11 +80,13 @@ def form_for(seed: Seed, config: KasminaConfig) -> nn.Module | None:
     if seed.module is None or seed.stage not in HOLDS_SEED:
         return None
     if seed.stage == SeedStage.TRAINING and config.signal == "straight_through":
-        return StraightThrough(seed.module, config.output_ratio)
+        return StraightThrough(seed.module, config.output_ratio, seed.seam)
     if seed.stage == SeedStage.BLENDING:
-        return Blend(seed.module, seed.alpha, config.blend)
+        return Blend(seed.module, seed.alpha, config.blend, seed.seam)
     if seed.stage in (SeedStage.PROBATIONARY, SeedStage.FOSSILIZED):
-        return (Active if learns(seed, config) else Frozen)(seed.module, config.blend)
+        if not learns(seed, config):
+            return Frozen(seed.module, config.blend)  # without a seam: what it would take off and put on is the same
+        return Active(seed.module, config.blend, seed.seam)
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
@@ -45,6 +45,7 @@ class Kasmina:
         device: torch.device,
         *,
         bytes_per_parameter: int = 16,
+        seam: Tensor | None = None,
     ) -> None:
         self.slots = dict(slots)
         self.budget = Budget(config, bytes_per_parameter)
@@ -58,6 +59,7 @@ class Kasmina:
                 shape=tuple(shapes[name]),
                 alpha=torch.zeros((), device=device),
                 norms=NormRing(config.gradient_window, device),
+                seam=seam,
             )
             for name in sorted(slots)
         }

@@ -49,8 +49,8 @@ FORWARD: dict[SeedStage, SeedOp] = {
 }
 """The operation that leads a seed on to the next stage."""
 
-GRADIENT_WEIGHT: dict[SeedStage, float] = {S.GERMINATED: 0.01, S.TRAINING: 0.1, S.SHADOWING: 0.5}
-"""Share of a seed in the multi-seed aggregation, by stage; BLENDING weighs alpha, a fine-tuned PROBATIONARY 1."""
+GRADIENT_WEIGHT: dict[SeedStage, float] = {S.GERMINATED: 0.01, S.TRAINING: 0.1, S.SHADOWING: 0.5, S.FOSSILIZED: 1.0}
+"""Weight of a seed in the multi-seed aggregation, by stage; for the others see `gradient_weight`."""
 
 HOLDS_SEED = frozenset({*_CULLABLE, S.FOSSILIZED})
 """Stages in which the slot holds a module with parameters and optimizer state."""
@@ -74,6 +74,18 @@ def after_boundary(stage: SeedStage, boundaries_in_stage: int, embargo_boundarie
     if stage == S.RESETTING:
         return S.DORMANT
     return stage
+
+
+def gradient_weight(stage: SeedStage, *, alpha: float, fine_tuning: bool) -> float:
+    """Weight of a seed's samples in the host's gradient, where the host's own samples weigh 1.
+
+    BLENDING weighs alpha; PROBATIONARY 1 when it is fine-tuned, else 0. 0 for a slot without a seed.
+    """
+    if stage == S.BLENDING:
+        return alpha
+    if stage == S.PROBATIONARY:
+        return float(fine_tuning)
+    return GRADIENT_WEIGHT.get(stage, 0.0)
 
 
 def alpha_at(schedule: str, position: int, steps: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tolaria.kasmina.gates import Evidence
-from tolaria.kasmina.lifecycle import HOLDS_SEED, alpha_at
+from tolaria.kasmina.lifecycle import HOLDS_SEED, alpha_at, gradient_weight
 from tolaria.leyline.types import SeedStage
 
 
@@ -43,13 +43,15 @@ class NormRing:
 class Seed:
     """What one slot holds. A DORMANT slot has no module. Owned by Kasmina; others read it.
 
-    ``alpha`` is a 0-D float32 tensor that the compiled graph reads; `advance` is its only writer.
+    ``alpha`` is a 0-D float32 tensor that the compiled graph reads; `advance` is its only writer. ``seam``: weights of
+    the samples in hand, (batch,), one tensor for all seeds, where they are weighted; None: not.
     """
 
     slot: str
     shape: tuple[int, ...]
     alpha: Tensor
     norms: NormRing
+    seam: Tensor | None = None
     stage: SeedStage = SeedStage.DORMANT
     blueprint: str = ""
     command_id: str = ""
@@ -103,6 +105,11 @@ class Seed:
         if self.stage != SeedStage.BLENDING:
             return 0.0
         return alpha_at(self.schedule, self.blend_position, self.blend_steps)
+
+    @property
+    def gradient_weight(self) -> float:
+        """Weight of its samples in the host's gradient now."""
+        return gradient_weight(self.stage, alpha=self.alpha_value, fine_tuning=self.fine_tuning)
 
     def enter(self, stage: SeedStage) -> None:
         """Change the stage and start counting boundaries anew."""

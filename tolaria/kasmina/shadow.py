@@ -28,6 +28,9 @@ def make_twin(objective: nn.Module, slots_of: str, seed: Seed, blend: str) -> nn
         raise ValueError(f"slot {seed.slot!r} holds no seed")
     memo: dict[int, object] = {id(p): p.detach() for p in objective.parameters()}
     memo[id(seed.module)] = seed.module
+    if seed.seam is not None:
+        # The twin's own loss is not weighted, so there is nothing to take off.
+        memo[id(seed.seam)] = torch.ones_like(seed.seam)
     for name, buffer in objective.named_buffers():
         if name.endswith(".form.alpha"):
             memo[id(buffer)] = buffer

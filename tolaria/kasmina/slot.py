@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tolaria.errors import TaskError
+from tolaria.kasmina.seam import seed_input, seed_output
 
 _SLOT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
@@ -31,16 +32,20 @@ class HostOnly(nn.Module):
 
 
 class Active(nn.Module):
-    """The seed in full: ``h + f(h)`` (residual) or ``f(h)`` (convex at alpha 1)."""
+    """The seed in full: ``h + f(h)`` (residual) or ``f(h)`` (convex at alpha 1).
 
-    def __init__(self, seed: nn.Module, blend: str) -> None:
+    ``seam``: the weights of a batch's samples where they are weighted (see `tolaria.kasmina.seam`), else None.
+    """
+
+    def __init__(self, seed: nn.Module, blend: str, seam: Tensor | None = None) -> None:
         super().__init__()
         self.seed = seed
         self.residual = blend == "residual"
+        self.seam = seam
 
     def forward(self, h: Tensor) -> Tensor:
         """``h``: (batch, ...); the same shape comes back."""
-        f: Tensor = self.seed(h).to(h.dtype)
+        f: Tensor = seed_output(self.seed(seed_input(h, self.seam)), self.seam).to(h.dtype)
         return h + f if self.residual else f
 
 
@@ -57,15 +62,16 @@ class Blend(nn.Module):
 
     alpha: Tensor
 
-    def __init__(self, seed: nn.Module, alpha: Tensor, blend: str) -> None:
+    def __init__(self, seed: nn.Module, alpha: Tensor, blend: str, seam: Tensor | None = None) -> None:
         super().__init__()
         self.seed = seed
         self.register_buffer("alpha", alpha, persistent=False)
         self.residual = blend == "residual"
+        self.seam = seam
 
     def forward(self, h: Tensor) -> Tensor:
         """``h``: (batch, ...); the same shape comes back."""
-        f: Tensor = self.seed(h.detach()).to(h.dtype)
+        f: Tensor = seed_output(self.seed(h.detach()), self.seam).to(h.dtype)
         return h + self.alpha * f if self.residual else (1 - self.alpha) * h + self.alpha * f
 
 
@@ -88,10 +94,11 @@ class StraightThrough(nn.Module):
     h, which removes the gradient's component along a growing f. A NaN in f never reaches h or its gradient.
     """
 
-    def __init__(self, seed: nn.Module, ratio: float) -> None:
+    def __init__(self, seed: nn.Module, ratio: float, seam: Tensor | None = None) -> None:
         super().__init__()
         self.seed = seed
         self.ratio = ratio
+        self.seam = seam
 
     def forward(self, h: Tensor) -> Tensor:
         """``h`` unchanged; the seed is in the backward only."""
@@ -100,7 +107,7 @@ class StraightThrough(nn.Module):
         f_norm = f.flatten(1).norm(dim=1)
         scale = (self.ratio * h_norm / f_norm.clamp_min(1e-12)).clamp_max(1.0)
         bounded = (f * scale.view(-1, *([1] * (f.dim() - 1)))).to(h.dtype)
-        return _HostForwardSeedBackward.apply(h, bounded)  # type: ignore[no-any-return,no-untyped-call]
+        return _HostForwardSeedBackward.apply(h, seed_output(bounded, self.seam))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Gauge(nn.Module):
