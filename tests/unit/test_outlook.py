@@ -19,7 +19,8 @@ from tolaria.kasmina.candidates import newborn
 from tolaria.kasmina.shadow import make_twin
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import Objective
-from tolaria.state import Mode, rng_tensors
+from tolaria.state import Mode
+from tolaria.streams import rng_tensors
 from tolaria.task import Task
 
 BLUEPRINTS = ("identity", "low_rank", "residual_mlp")

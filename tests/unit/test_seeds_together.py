@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tests.rig import Rig, TinyHost, per_sample_loss, same_bits, tiny_config, way
+from tolaria.compare import digest_of
 from tolaria.config import OptimConfig
 from tolaria.coordinator.apply import apply_decision
 from tolaria.kasmina.lifecycle import MOVES
@@ -21,7 +22,6 @@ from tolaria.leyline.types import Command, Decision, SeedOp, SeedStage
 from tolaria.measure import TRAIN_METERS
 from tolaria.objective import Batch
 from tolaria.replica import evaluating
-from tolaria.state import _digest
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.telemetry.meters import Meters
@@ -202,7 +202,7 @@ def fingerprint(rig: Rig) -> bytes:
     """The digest of the state, in which changes of learning rates at one step have no order."""
     meta = rig.state.meta()
     meta["lr"]["history"] = sorted(map(str, meta["lr"]["history"]))
-    return _digest(rig.state.tensors(), meta)
+    return digest_of(rig.state.tensors(), meta)
 
 
 @pytest.mark.parametrize(("a", "x", "b", "y"), SHORT, ids=["-".join(part.name for part in m) for m in SHORT])
