@@ -112,6 +112,12 @@ def test_build_falls_back_to_foreach_for_parameters_that_fused_does_not_take() -
     assert not group["fused"]
 
 
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_sgd_is_not_fused_for_numbers_that_torch_gets_wrong(dtype: torch.dtype, fused: bool) -> None:
+    groups = {"host": {"w": nn.Parameter(torch.zeros(64, 64, dtype=dtype))}}
+    assert bool(build_optimizer(OptimConfig(name="sgd"), groups, CPU).param_groups[0]["fused"]) is fused
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_group_steps(name: str) -> None:
     groups = {**make_groups("host"), "seed/a": {}}

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.optimizers import OWN
 from tests.rig import Rig, same_bits, tiny_config
-from tolaria.errors import CheckpointMismatch, TaskError
+from tolaria.config import OptimConfig
+from tolaria.errors import CheckpointMismatch, ConfigError, TaskError
 from tolaria.leyline.types import SeedStage
 from tolaria.optim.persist import state_tensors
 from tolaria.state import Mode, TrainState
@@ -100,6 +102,10 @@ CHANGES: dict[str, Change] = {
     "reason of the mode": lambda s: setattr(s, "mode", replace(s.mode, reason="because")),
     "learning rate": scale,
     "option of a group": decay,
+    "option that the optimizer's class does not know": lambda s: s.optimizer.param_groups[0].update(clip_norm=0.5),
+    "base rate": lambda s: s.lr.set_base_rate(0.5),
+    "class of the optimizer": lambda s: s.change_optimizer("adam", {}),
+    "setting for groups to come": lambda s: setattr(s, "optim", replace(s.optim, beta1=0.5)),
     "place in the blend": lambda s: s.kasmina.seeds["late"].advance(),
     "stage": lambda s: setattr(s.kasmina.seeds["late"], "stage", SeedStage.SHADOWING),
     "evidence": measure,
@@ -209,6 +215,26 @@ def broken_rate(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     meta["lr"]["groups"]["host"]["scale"] = -1.0
 
 
+def unknown_optimizer(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["optimizer"]["name"] = "tests.unit.no_such_module:Evil"
+
+
+def unknown_setting(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["optimizer"]["changed"]["speed"] = 1.0
+
+
+def no_optimizer(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    del meta["optimizer"]
+
+
+def invent_number(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["optimizer"]["scalars"]["head.bias/count"] = 1
+
+
+def broken_base_rate(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    meta["lr"]["base_lr"] = -0.5
+
+
 FOREIGN = [
     lose,
     invent,
@@ -220,6 +246,11 @@ FOREIGN = [
     rename_slot,
     other_data,
     broken_rate,
+    broken_base_rate,
+    unknown_optimizer,
+    unknown_setting,
+    no_optimizer,
+    invent_number,
 ]
 
 
@@ -241,6 +272,94 @@ def test_another_models_state_is_refused_and_no_tensor_is_copied(
         assert [name for name in moments if not same_bits(moments[name], own[name])] == []
 
 
+# Another optimizer class
+
+
+def optimizing(folder: Path, name: str, **optim: Any) -> Rig:
+    folder.mkdir()
+    config = replace(tiny_config(), optim=OptimConfig(name=name, lr=0.02, **optim))
+    return Rig.build(folder, config=config, batch_norm=True)
+
+
+CHANGES_OF_CLASS: list[tuple[str, dict[str, float]]] = [
+    ("sgd", {"lr": 0.25, "momentum": 0.5}),
+    ("adagrad", {"lr": 0.0625}),
+    ("adam", {"lr": 0.03125}),
+    ("nadam", {"lr": 0.015625, "weight_decay": 0.25}),
+    ("rmsprop", {"lr": 0.001, "momentum": 0.0}),
+]
+
+
+def goes_on(rig: Rig) -> None:
+    """Steps, a seed that grows, and steps: what the defaults of new groups are is seen too."""
+    rig.train(2)
+    rig.grow("late", SeedStage.TRAINING)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad", "nadam", OWN])
+def test_a_run_whose_optimizer_was_changed_is_resumed_bit_equal(name: str, tmp_path: Path) -> None:
+    with optimizing(tmp_path / "whole", name) as rig, optimizing(tmp_path / "resumed", name) as other:
+        rig.grow("early", SeedStage.BLENDING)
+        for to, settings in CHANGES_OF_CLASS:
+            if to != rig.state.optim.name:
+                rig.state.change_optimizer(to, settings)
+            assert type(rig.state.optimizer).__name__.lower() == to
+            rig.train(2)
+            assert other.state.load(*saved(rig.state))
+            other.replica.rebuild()
+            assert other.state.digest() == rig.state.digest()
+        other.commands = rig.commands
+        goes_on(rig)
+        goes_on(other)
+        assert other.state.digest() == rig.state.digest()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", OWN])
+def test_going_back_over_a_change_of_optimizer_is_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
+    with optimizing(tmp_path / "one", name) as rig, optimizing(tmp_path / "twin", name) as twin:
+        for each in (rig, twin):
+            each.grow("early", SeedStage.BLENDING)
+        kept = saved(rig.state)
+        rig.state.change_optimizer("rmsprop", {"lr": 0.5})
+        rig.train(3)
+        assert rig.state.lr.lr_at("host", 99) == 0.5
+        rig.state.load(*kept)
+        assert rig.state.lr.lr_at("host", 99) == twin.state.lr.lr_at("host", 99)
+        assert rig.state.digest() == twin.state.digest()
+        for each in (rig, twin):
+            goes_on(each)
+        assert rig.state.digest() == twin.state.digest()
+
+
+def test_another_optimizer_than_the_saved_one_is_put_aside_for_it(checkpoint: Saved, tmp_path: Path) -> None:
+    tensors, meta = checkpoint
+    with optimizing(tmp_path / "resumed", "sgd") as other:
+        other.state.load(tensors, meta)
+        assert (other.state.optim.name, other.state.configured_optimizer) == ("adamw", "sgd")
+        assert type(other.state.optimizer).__name__ == "AdamW"
+        assert saved(other.state)[1]["optimizer"] == meta["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "error"),
+    [
+        ("muon", {"lr": 0.1}, ConfigError),
+        ("adam", {"momentum": 0.5}, ValueError),
+        ("sgd", {"lr": -1.0}, ValueError),
+        ("sgd", {"lr": 0.1, "weight_decay": 2.0}, ValueError),
+        ("tests.nowhere:Adam", {"lr": 0.1}, TaskError),
+        ("nonsense", {"lr": 0.1}, ValueError),
+    ],
+)
+def test_a_class_that_can_not_be_had_changes_nothing(
+    rig: Rig, to: str, settings: dict[str, float], error: type[Exception]
+) -> None:
+    before = rig.state.digest()
+    with pytest.raises(error):
+        rig.state.change_optimizer(to, settings)
+    assert rig.state.digest() == before
+
+
 # Memento
 
 
@@ -251,13 +370,14 @@ def test_a_memento_takes_back_structure_rates_and_mode(rig: Rig) -> None:
     state.kasmina.apply(state.kasmina.plan(rig.identified(do.cull("late"))))
     state.regroup()
     state.lr.set_scale("host", 0.25, state.step)
-    state.optimizer.param_groups[0]["weight_decay"] = 0.5
+    state.change_optimizer("nadam", {"lr": 0.5})
+    state.optimizer.param_groups[0].update(weight_decay=0.5, clip_norm=3.0)
     state.mode = Mode(conservative=True, reason="test")
     assert state.digest() != before
     state.restore(kept)
     assert state.digest() == before
     assert state.optimizer is optimizer
-    state.optimizer.param_groups[0]["weight_decay"] = 0.5  # also where no new optimizer was made
+    state.optimizer.param_groups[0].update(weight_decay=0.5, clip_norm=3.0)  # also where no new optimizer was made
     assert state.digest() != before
     state.restore(kept)
     assert state.digest() == before

@@ -1,7 +1,8 @@
 """Named groups of named parameters in an optimizer: how they are read, and made again."""
 
 import inspect
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tolaria.errors import TolariaError
 IDENTITY_KEYS = frozenset({"params", "name", "param_names"})
 MACHINE_KEYS = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """How an update is computed, not what it is: this machine's choice, so neither saved nor carried to another class."""
+
+_EXTENTS = (5, 7, 11, 13)  # no two alike: what is shaped as the parameter can be told from what is not
 
 
 class OptimizerStateError(TolariaError, RuntimeError):
@@ -70,7 +73,20 @@ def blank_like(optimizer: Optimizer, entries: list[dict[str, Any]]) -> Optimizer
         raise OptimizerStateError(f"{cls.__name__} can not be built from its defaults: {error}") from error
 
 
-def state_it_would_make(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+def over(optimizer: Optimizer, entries: list[dict[str, Any]]) -> Optimizer:
+    """The same optimizer, its hooks and all else that it holds, over ``entries`` and without state.
+
+    No constructor runs, so it costs nothing that grows with the parameters; what joins is checked by `blank_like`.
+    """
+    new = object.__new__(type(optimizer))
+    new.__dict__.update(optimizer.__dict__)
+    new.defaults = dict(optimizer.defaults)
+    new.param_groups = [{**optimizer.defaults, **entry} for entry in entries]
+    new.state = defaultdict(dict)
+    return new
+
+
+def first_state(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """The state that a first step with the group's options and a gradient of zero leaves of such a parameter.
 
     Found by taking one with a stand-in: the optimizer itself is the only place that knows its keys, their first values,
@@ -81,6 +97,49 @@ def state_it_would_make(optimizer: Optimizer, group: Mapping[str, Any], paramete
     probe = blank_like(optimizer, [{**options_of(group), "params": [stand_in]}])
     probe.step()
     return {key: value for key, value in state_of(probe, stand_in).items() if value is not None}
+
+
+class FirstStates:
+    """`first_state` of many parameters: one small stand-in for all that differ in nothing but their extents."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._small: dict[str, tuple[torch.Size, dict[str, Any]]] = {}
+
+    def of(self, group: Mapping[str, Any], parameter: Tensor, keys: Set[str]) -> dict[str, Any]:
+        """The first state of a parameter that is expected to have these keys; it may have others."""
+        if parameter.ndim <= len(_EXTENTS):
+            shape, small = self._of_small(group, parameter)
+            if small.keys() == keys and all(_is_scalable(value, shape) for value in small.values()):
+                return {key: _enlarged(value, parameter) for key, value in small.items()}
+        return first_state(self._optimizer, group, parameter)
+
+    def small(self, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """That of the stand-in: the same keys, dtypes, devices and numbers, another shape."""
+        return self._of_small(group, parameter)[1]
+
+    def _of_small(self, group: Mapping[str, Any], parameter: Tensor) -> tuple[torch.Size, dict[str, Any]]:
+        options = sorted(options_of(group).items())
+        kind = repr((parameter.dtype, parameter.device, parameter.ndim, options))
+        if kind not in self._small:
+            stand_in = parameter.new_empty(_EXTENTS[: parameter.ndim])
+            self._small[kind] = (stand_in.shape, first_state(self._optimizer, group, stand_in))
+        return self._small[kind]
+
+
+def _is_scalable(value: Any, shape: torch.Size) -> bool:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return True
+    return value.shape == shape and bool((value == value.reshape(-1)[0]).all())
+
+
+def _enlarged(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 0:
+        return value.clone()
+    first = value.reshape(-1)[0]
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(first)
 
 
 def listed(names: list[str], limit: int = 5) -> str:

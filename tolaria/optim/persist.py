@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 from tolaria.errors import CheckpointMismatch
 from tolaria.optim.groups import (
     MACHINE_KEYS,
+    FirstStates,
     OptimizerStateError,
     further_options,
     group_name,
     listed,
     named_parameters,
     options_of,
-    state_it_would_make,
     state_of,
 )
 
@@ -59,10 +59,11 @@ def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], scalars: Map
     if unknown:
         raise CheckpointMismatch(f"saved optimizer state of parameters that are not trained here: {listed(unknown)}")
     loaded: list[tuple[Tensor, dict[str, Any]]] = []
+    first = FirstStates(optimizer)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                own = state_it_would_make(optimizer, group, parameter)
+                own = first.of(group, parameter, saved[name].keys())
                 loaded.append((parameter, _filled(name, own, saved[name])))
     optimizer.state.clear()
     for parameter, state in loaded:
@@ -91,6 +92,8 @@ def same_form(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def copy_tensors(source: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     """Overwrite every live tensor by the source's of that name, in place."""
+    if not source:
+        return
     with torch.no_grad():
         torch._foreach_copy_([live[name] for name in source], list(source.values()))
 

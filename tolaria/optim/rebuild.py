@@ -11,19 +11,21 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Muon, Optimizer
+from torch.optim import SGD, Muon, Optimizer
 
 from tolaria.config import OptimConfig
 from tolaria.errors import ConfigError, TaskError
 from tolaria.optim.classes import BUILT_IN, FUSED, keywords, optimizer_class
 from tolaria.optim.groups import (
+    MACHINE_KEYS,
+    FirstStates,
     OptimizerStateError,
     blank_like,
     group_name,
     listed,
     named_parameters,
     options_of,
-    state_it_would_make,
+    over,
     state_of,
 )
 from tolaria.optim.persist import (
@@ -75,13 +77,15 @@ def build_optimizer(cfg: OptimConfig, groups: Groups, device: torch.device) -> O
     cls = optimizer_class(cfg.name)
     arguments = keywords(cls, cfg)
     parameters = [parameter for members in groups.values() for parameter in members.values()]
-    if cls in FUSED and device.type in _FUSED_DEVICES and all(_is_fusable(parameter) for parameter in parameters):
+    if cls in FUSED and device.type in _FUSED_DEVICES and all(map(_is_fusable, parameters)):
         arguments["fused"] = True
     elif cfg.name in BUILT_IN and cls is not Muon:
         arguments["foreach"] = True
     if cls is Muon:
         _check_matrices(groups)
-    entries = [_entry(name, members, {}) for name, members in groups.items()]
+    how = {key: arguments[key] for key in MACHINE_KEYS & arguments.keys()}
+    entries = [_entry(name, members, how) for name, members in groups.items()]
+    _settle_fused(cls, entries)
     with nullcontext() if cfg.name in BUILT_IN else users_code(f"optim.name={cfg.name!r}: building it"):
         optimizer = cls(entries, **arguments)
     if [group.get("name") for group in optimizer.param_groups if "lr" in group] != list(groups):
@@ -125,14 +129,26 @@ def regroup(
     old_options = {group_name(group): options_of(group) for group in optimizer.param_groups}
     fresh = {**optimizer.defaults, **(defaults or {})}
     entries = [_entry(name, members, old_options.get(name, fresh)) for name, members in groups.items()]
-    _check_fusable(entries)
+    _settle_fused(type(optimizer), entries)
     _check_dropped(optimizer, groups, frozenset(dropped))
-    states = _matched_states(optimizer, entries, fill or {})
-    new = blank_like(optimizer, entries)
-    carry_hooks(optimizer, new)
-    for parameter, state in states:
-        new.state[parameter] = state
+    states = [*_begun_states(optimizer, entries), *_matched_states(optimizer, entries, fill or {})]
+    new = over(optimizer, entries)
+    new.state.update(states)
+    if isinstance(new, SGD):
+        _complete_momentum(new)
     return new
+
+
+def _complete_momentum(optimizer: SGD) -> None:
+    """Momentum of zero, which is what it begins with, for those that have none in a group where others have it.
+
+    Fused SGD takes all of a group's or none.
+    """
+    for group in optimizer.param_groups:
+        without = [p for p in group["params"] if state_of(optimizer, p).get("momentum_buffer") is None]
+        if len(without) < len(group["params"]):
+            for parameter in without:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def carry_hooks(old: Optimizer, new: Optimizer) -> None:
@@ -157,16 +173,28 @@ def _check_dropped(optimizer: Optimizer, groups: Groups, dropped: frozenset[str]
         raise OptimizerStateError(f"optimizer state would be lost (list it in 'dropped' if meant): {listed(lost)}")
 
 
+def _begun_states(optimizer: Optimizer, entries: list[dict[str, Any]]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What the class itself makes of parameters that it has not seen: Adagrad makes state, Muon refuses some."""
+    known = named_parameters(optimizer).keys()
+    joining = []
+    for entry in entries:
+        members = zip(entry["param_names"], entry["params"], strict=True)
+        if joins := {name: parameter for name, parameter in members if name not in known}:
+            joining.append(_entry(entry["name"], joins, options_of(entry)))
+    return list(blank_like(optimizer, joining).state.items()) if joining else []
+
+
 def _matched_states(
     optimizer: Optimizer, entries: list[dict[str, Any]], fill: Mapping[str, float]
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     old = {name: (p, state_of(optimizer, p)) for name, p in named_parameters(optimizer).items()}
-    matched = []
+    matched, first = [], FirstStates(optimizer)
     for entry in entries:
         for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
             before, state = old.get(name, (parameter, {}))
             if state:
-                begin = {} if before.shape == parameter.shape else state_it_would_make(optimizer, entry, parameter)
+                same = before.shape == parameter.shape
+                begin = {} if same else first.of(entry, parameter, state.keys())
                 carried = {
                     key: _carried(f"{name}/{key}", value, before, parameter, fill.get(key, begin.get(key, 0.0)))
                     for key, value in state.items()
@@ -176,7 +204,7 @@ def _matched_states(
 
 
 def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
-    """State ``value`` of the parameter ``old`` as state of ``new``; ``fill``: a number or a tensor of its shape."""
+    """State ``value`` of the parameter ``old`` as state of ``new``; ``fill``: a number, or ``new``'s first state."""
     if value is None or isinstance(value, Scalar):
         return value
     if not isinstance(value, Tensor):
@@ -196,8 +224,10 @@ def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
             f"state {what} of shape {tuple(value.shape)} can not follow its parameter from {tuple(old.shape)} "
             f"to {tuple(new.shape)}: only growth along existing dimensions can be matched"
         )
-    grown = torch.empty_like(new, dtype=value.dtype, device=value.device, requires_grad=False)
-    grown.copy_(torch.as_tensor(fill))
+    if isinstance(fill, Tensor) and (fill.shape, fill.dtype) == (new.shape, value.dtype):
+        grown = fill
+    else:
+        grown = torch.full_like(new, float(fill), dtype=value.dtype, device=value.device, requires_grad=False)
     grown[tuple(slice(size) for size in value.shape)] = value
     return grown
 
@@ -224,10 +254,17 @@ def _is_fusable(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES
 
 
-def _check_fusable(entries: list[dict[str, Any]]) -> None:
+def _is_miscomputed(cls: type[Optimizer], parameter: Tensor) -> bool:
+    # On the CPU torch's fused SGD with momentum gives other numbers each time for bfloat16 and float16 (torch 2.13).
+    return cls is SGD and parameter.device.type == "cpu" and parameter.element_size() < 4
+
+
+def _settle_fused(cls: type[Optimizer], entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         for name, parameter in zip(entry["param_names"], entry["params"], strict=True):
             if entry.get("fused") and not _is_fusable(parameter):
                 raise OptimizerStateError(
                     f"parameter {name!r} ({parameter.dtype}, {parameter.device}) does not fit this fused optimizer"
                 )
+        if entry.get("fused") and any(_is_miscomputed(cls, parameter) for parameter in entry["params"]):
+            entry.update(fused=False, foreach=True)

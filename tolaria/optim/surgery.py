@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import NAdam, Optimizer
+from torch.optim import Optimizer
 
 from tolaria.config import OPTIMIZERS, OptimConfig
 from tolaria.errors import CheckpointMismatch
 from tolaria.optim.classes import ADAM_FAMILY
-from tolaria.optim.groups import further_options, group_name, options_of, state_it_would_make, state_of
+from tolaria.optim.groups import FirstStates, further_options, group_name, options_of, state_of
 from tolaria.optim.rebuild import build_optimizer, carry_hooks
 
 SHARED_OPTIONS = frozenset({"lr", "weight_decay", "betas", "eps", "momentum", "maximize", "amsgrad"})
@@ -83,21 +83,18 @@ def saved_settings(configured: OptimConfig, saved: Mapping[str, Any]) -> OptimCo
 def _moments(old: Optimizer, new: Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
     """The state of the new optimizer's parameters that the old one's gives, where it gives all of it."""
     carried = []
+    first = FirstStates(new)
+    products: dict[tuple[float, str], Tensor] = {}
     for group in new.param_groups:
-        made: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-        products: dict[float, Tensor] = {}
         for parameter in group["params"]:
-            kind = (parameter.dtype, parameter.device)
-            if kind not in made:
-                made[kind] = state_it_would_make(new, group, parameter.new_zeros(1))
-            state = dict(state_of(old, parameter))
-            if state and type(new) is NAdam and "mu_product" not in state:
-                step = float(state["step"])
-                if step not in products:
-                    products[step] = _mu_product(made[kind]["mu_product"], int(step), group)
-                state["mu_product"] = products[step]
-            if made[kind].keys() <= state.keys():
-                carried.append((parameter, {key: _alike(state[key], own) for key, own in made[kind].items()}))
+            made, state = first.small(group, parameter), dict(state_of(old, parameter))
+            if state and "mu_product" in made.keys() - state.keys():
+                at = (float(state["step"]), group["name"])
+                if at not in products:
+                    products[at] = _mu_product(made["mu_product"], int(state["step"]), group)
+                state["mu_product"] = products[at]
+            if made.keys() <= state.keys():
+                carried.append((parameter, {key: _alike(state[key], own) for key, own in made.items()}))
     return carried
 
 
