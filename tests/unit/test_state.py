@@ -317,6 +317,18 @@ def test_a_run_whose_optimizer_was_changed_is_resumed_bit_equal(name: str, tmp_p
         assert other.state.digest() == rig.state.digest()
 
 
+@pytest.mark.parametrize("name", ["adamw", "adagrad", OWN])
+def test_going_back_in_place_brings_back_numbers_as_well_as_tensors(name: str, tmp_path: Path) -> None:
+    with optimizing(tmp_path / "one", name) as rig:
+        rig.train(2)
+        digest, kept = rig.state.digest(), saved(rig.state)
+        rig.train(3)
+        live = rig.state.tensors()
+        assert not rig.state.load(*kept)
+        assert rig.state.digest() == digest
+        assert all(t.data_ptr() == live[n].data_ptr() for n, t in rig.state.tensors().items())
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", OWN])
 def test_going_back_over_a_change_of_optimizer_is_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     with optimizing(tmp_path / "one", name) as rig, optimizing(tmp_path / "twin", name) as twin:
