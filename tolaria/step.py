@@ -73,7 +73,7 @@ class TrainStep:
         frozen = self.state.lr.frozen
         host = _gradients(self.state.host_parameters.values())
         seeds = [(s, _gradients(s.named_parameters().values())) for s in self.state.kasmina.learning_seeds()]
-        self._unscale(host, seeds, frozen)
+        self._unscale([seed for seed, _ in seeds], frozen)
         norms = torch.stack([get_total_norm(host), *(get_total_norm(g) for _, g in seeds)])
         # The one host read of a step: the verdict decides on the host whether the optimizer runs, and the loss, which
         # the next fence carries, comes along.
@@ -117,15 +117,13 @@ class TrainStep:
         self.replica.average_shadow_gradients()
         return total
 
-    def _unscale(
-        self, host: list[Tensor], seeds: list[tuple[Seed, list[Tensor]]], frozen: frozenset[str]
-    ) -> None:  # fmt: skip
+    def _unscale(self, seeds: Sequence[Seed], frozen: frozenset[str]) -> None:
         scaler = self.state.scaler
         if not scaler.is_enabled():
             return
         # The scaler judges every gradient the optimizer holds; a seed's overflow must not skip the host's step, and a
         # frozen group's nobody's. With the host frozen, the seeds are what the scale has to fit.
-        groups = {HOST_GROUP: self.state.host_parameters, **{s.group: s.named_parameters() for s, _ in seeds}}
+        groups = {HOST_GROUP: self.state.host_parameters, **{s.group: s.named_parameters() for s in seeds}}
         judged = ({HOST_GROUP} if HOST_GROUP not in frozen else set(groups)) - frozen
         held = [(p, p.grad) for n, members in groups.items() if n not in judged for p in members.values()]
         for parameter, _ in held:

@@ -244,6 +244,14 @@ def test_different_things_of_a_group_at_one_boundary_but_each_of_them_once(rig: 
     assert host_scale(rig) == pytest.approx(0.25)  # 0.01 of 0.02, halved; the freeze is taken back
 
 
+@pytest.mark.parametrize("first", ["class", "settings"])
+def test_another_optimizer_class_and_settings_of_the_present_one_are_not_for_one_boundary(rig: Rig, first: str) -> None:
+    pair = [do.change_optimizer("sgd", lr=0.05), do.set_lr("host", 0.01)]
+    applied = carry_out(rig, signed(*(pair if first == "class" else reversed(pair))))
+    assert codes(applied) == {"c0": "applied", "c1": "one_per_boundary"}
+    assert type(rig.state.optimizer).__name__ == ("SGD" if first == "class" else "AdamW")
+
+
 def test_what_is_commanded_of_a_seed_that_is_culled_with_it_is_gone_with_it(rig: Rig) -> None:
     rig.grow("early", SeedStage.TRAINING)
     rig.boundary(do.scale_lr("seed/early", 0.5))

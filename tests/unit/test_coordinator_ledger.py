@@ -212,6 +212,7 @@ def test_what_is_saved_goes_on_where_it_was() -> None:
         (do.freeze("seed/*"), "seed/*: freeze"),
         (do.thaw("seed/*"), "seed/*: thaw"),
         (do.undo(), "*: undo"),
+        (do.change_optimizer("sgd", lr=0.05, momentum=0.9), "optimizer sgd: lr 0.05, momentum 0.9"),
         (do.conservative(True), "breaker open"),
         (do.rollback(), "rollback"),
         (do.pause(), "pause"),

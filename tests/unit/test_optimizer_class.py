@@ -209,7 +209,7 @@ def controller() -> LRController:
     made = LRController(LRConfig(policy="linear", final_ratio=0.0, seed_warmup_steps=0), 1.0, 101)
     made.add_group("host")
     made.add_group("seed/a", "seed")
-    made.scale("host", 0.5, conservative=False)
+    made.set_scale("host", 0.5, 0)
     return made
 
 

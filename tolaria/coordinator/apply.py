@@ -153,12 +153,15 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
                 moves.append(move)
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
-                if names_class(command.payload):
+                if names_class(command.payload) and not tunings:
                     touched |= check_class(command.payload, state, touched)
                     classes.append(command.payload)
-                else:
+                elif not names_class(command.payload) and not classes:
                     tunings.append(_plan_tuning(command.command_id, command.payload, state, touched))
                     touched |= tunings[-1].touched
+                else:
+                    # What one is planned against the other replaces.
+                    raise CommandRefused("one_per_boundary", "another class and settings of the present one: one only")
             elif isinstance(command.payload, BreakerCommand):
                 breakers.append(command.payload)
             accepted.append(command)

@@ -17,6 +17,7 @@ from tolaria.leyline.types import (
     FREEZE,
     HYPERPARAMETERS,
     LR_SCALE,
+    OPTIMIZER_CLASS,
     UNDO,
     BreakerCommand,
     Command,
@@ -52,6 +53,8 @@ def describe(command: Command) -> str:
         known = [name for name in HYPERPARAMETERS if name in payload.hyperparameters]
         names = known + sorted(payload.hyperparameters.keys() - set(known))
         words = ", ".join(_hyperparameter(name, payload.hyperparameters[name]) for name in names)
+        if payload.optimizer_id.startswith(OPTIMIZER_CLASS):
+            return f"optimizer {payload.optimizer_id.removeprefix(OPTIMIZER_CLASS)}: {words}"
         return f"{payload.optimizer_id or '*'}: {words}"
     if isinstance(payload, BreakerCommand):
         return f"breaker {payload.desired_state.name.lower()}"

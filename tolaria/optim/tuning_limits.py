@@ -28,12 +28,16 @@ def check_scale(
     wanted = value / unscaled if key == LR else old * value
     low, high = lr_config.min_scale, lr_config.max_scale
     scale = min(max(wanted, low), high)
+    # What was asked for, a rate or a factor, is what a refusal speaks of.
+    what, unit = ("lr", unscaled) if key == LR else ("total factor of the lr", 1.0)
     if not math.isclose(wanted, scale, rel_tol=ROUNDING):
-        bound = f"at most {high:g} (lr.max_scale)" if wanted > high else f"at least {low:g} (lr.min_scale)"
-        raise CommandRefused(
-            "lr_out_of_bounds", f"lr of {group!r}: total factor {old:g} -> {wanted:g}, allowed {bound}"
+        bound = (
+            f"at most {high * unit:g} (lr.max_scale)" if wanted > high else f"at least {low * unit:g} (lr.min_scale)"
         )
-    _by_factor("total factor of the lr", group, old, scale, config.lr_factor, "lr_factor")
+        raise CommandRefused(
+            "lr_out_of_bounds", f"{what} of {group!r} {old * unit:g} -> {wanted * unit:g}: allowed {bound}"
+        )
+    _by_factor(what, group, old * unit, scale * unit, config.lr_factor, "lr_factor")
     return scale
 
 
