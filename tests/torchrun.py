@@ -57,6 +57,7 @@ class Job:
         self._temporary.mkdir(exist_ok=True)
         self._token = secrets.token_hex(8)
         self._shared_memory = _shared_memory()
+        self._runs: set[str] = set()
         self._output = folder / f"output-{self._token}"
         with self._output.open("wb") as file:
             target = file.fileno() if terminal is None else terminal
@@ -153,7 +154,9 @@ class Job:
     def wait(self, deadline_s: float = DEADLINE_S) -> int:
         """The exit code, negative for a signal. Raises JobFailed when it has not ended by then."""
         try:
-            return self.process.wait(deadline_s)
+            code = self.process.wait(deadline_s)
+            self._note_run()
+            return code
         except subprocess.TimeoutExpired:
             raise self._failure(f"the job did not end in {deadline_s:g} s") from None
 
@@ -185,9 +188,20 @@ class Job:
     def _left_now(self) -> list[str]:
         found = [f"process {process.pid}: {' '.join(_words(process))}" for process in self.processes()]
         found += [f"socket directory {path}" for path in self._temporary.glob(_SOCKET_DIRS)]
-        found += [f"shared memory {name}" for name in sorted(_shared_memory() - self._shared_memory)]
+        found += [f"shared memory {name}" for name in self._left_in_memory()]
         found += [f"unfinished {path}" for path in self.run_dir.rglob("*.tmp")]
         return found + [f"unfinished {path}" for path in self.run_dir.rglob("*.trash")]
+
+    def _note_run(self) -> None:
+        """Remember which run this is, as long as its directory is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._runs.add(json.loads((self.run_dir / "FENCE").read_text())["run_id"][:16])
+
+    def _left_in_memory(self) -> list[str]:
+        """New names of this run's; other runs may be on this machine."""
+        self._note_run()
+        new = sorted(_shared_memory() - self._shared_memory)
+        return [name for name in new if any(name.startswith(f"tolaria-{run}-") for run in self._runs)]
 
     def close(self) -> None:
         """Kill what is left of it."""
@@ -197,7 +211,7 @@ class Job:
                 process.kill()
         psutil.wait_procs([p for p in alive if p.pid != self.process.pid], timeout=GONE_S)
         self.process.wait()
-        for name in _shared_memory() - self._shared_memory:
+        for name in self._left_in_memory():
             (Path("/dev/shm") / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -250,6 +264,4 @@ def _processes_with(token: str) -> Iterator[psutil.Process]:
 
 
 def _shared_memory() -> set[str]:
-    # Others use it too, so only names that this project or torch would give are looked at.
-    names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
-    return {name for name in names if name.startswith(("tolaria", "torch_", "gloo"))}
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
