@@ -56,6 +56,7 @@ def flags(folder: Path, *, ranks: int = 2, hold: bool = True, **task: Any) -> li
         "dist.device": "cpu",
         "tamiyo.policy": f"script:{folder / 'script.toml'}",
         "kasmina.blend_steps": 15,
+        "kasmina.measure_signal": "false",  # it reads a batch, and the task counts what is read
         "log.interval_steps": 1,
         **{f"task.args.{name}": value for name, value in task.items()},
     }
@@ -70,6 +71,8 @@ def wait_until_held(job: Job, folder: Path, ranks: int = 2) -> None:
     """Until every rank waits in its loader, in the middle of an epoch, while the seed is being blended in."""
     for rank in range(max(ranks, 1)):
         job.wait_file(folder / f"reached-{rank}")
+    # Lines are written by a thread of their own, a moment later.
+    job.wait_until(lambda: (job.last_step() >= HELD_STEPS) or None, f"step {HELD_STEPS}")
     assert job.last_step() == HELD_STEPS
     assert job.events("boundary", rank=0)[-1]["seeds"] == {"mid": "BLENDING"}
 

@@ -240,6 +240,7 @@ def resumed(job: Job) -> list[dict[str, Any]]:
 def _hold(job: Job, folder: Path) -> None:
     for rank in range(2):
         job.wait_file(folder / f"reached-{rank}")
+    job.wait_until(lambda: (job.last_step() >= HELD_STEPS) or None, f"step {HELD_STEPS}")
     assert job.last_step() == HELD_STEPS
 
 
