@@ -63,7 +63,7 @@ def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], scalars: Map
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                own = first.of(group, parameter, saved[name].keys())
+                own = first.of(group, parameter, saved[name])
                 loaded.append((parameter, _filled(name, own, saved[name])))
     optimizer.state.clear()
     for parameter, state in loaded:

@@ -194,7 +194,7 @@ def _matched_states(
             before, state = old.get(name, (parameter, {}))
             if state:
                 same = before.shape == parameter.shape
-                begin = {} if same else first.of(entry, parameter, state.keys())
+                begin = {} if same else first.of(entry, parameter, state)
                 carried = {
                     key: _carried(f"{name}/{key}", value, before, parameter, fill.get(key, begin.get(key, 0.0)))
                     for key, value in state.items()
