@@ -107,7 +107,10 @@ class FirstStates:
         self._small: dict[str, tuple[torch.Size, dict[str, Any]]] = {}
 
     def of(self, group: Mapping[str, Any], parameter: Tensor, expected: Mapping[str, Any]) -> dict[str, Any]:
-        """The first state of a parameter. Where it is not as ``expected``, by keys and dtypes, it is surely so."""
+        """The first state of a parameter, to be read only: tensors may be one number, expanded.
+
+        Where it is not as ``expected``, by keys and dtypes, it is surely so.
+        """
         if parameter.ndim <= len(_EXTENTS):
             shape, small = self._of_small(group, parameter)
             if small.keys() == expected.keys() and all(_scales(v, shape, expected[key]) for key, v in small.items()):
@@ -140,8 +143,13 @@ def _enlarged(value: Any, parameter: Tensor) -> Any:
         return value
     if value.ndim == 0:
         return value.clone()
-    first = value.reshape(-1)[0]
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(first)
+    return value.reshape(-1)[0].expand(parameter.shape)
+
+
+def room_for(value: Tensor, parameter: Tensor) -> Tensor:
+    """Memory for state of this form, laid out as the parameter is where it has its shape. Not initialised."""
+    like = parameter if value.shape == parameter.shape else value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device, requires_grad=False)
 
 
 def listed(names: list[str], limit: int = 5) -> str:
