@@ -165,7 +165,7 @@ def make_config(
         ),
         precision=PrecisionConfig(amp="bf16"),
         compile=CompileConfig(enabled=compiled),
-        optim=OptimConfig(name=optimizer, lr=0.02),  # type: ignore[arg-type]
+        optim=OptimConfig(name=optimizer, lr=0.02),
         lr=LRConfig(policy="cosine", warmup_steps=4, seed_warmup_steps=5),
         kasmina=gates,
         aggregate=AggregateConfig(mode=mode, attribution="kasmina"),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.dist import jobs_resume as jobs
+from tests.optimizers import OWN
 from tests.ranks import RankPool
 from tolaria import build
 from tolaria.data import EpochSampler
@@ -126,6 +127,38 @@ def test_one_process_continues_as_if_never_stopped(
     assert whole_one[0]["stages"] == AT_THE_END
     stop(one, tmp_path / "run", at)
     assert_finished(one(folder=str(tmp_path / "run"), resume=True), whole_one)
+
+
+# Another optimizer on the way
+
+
+@pytest.fixture(scope="module")
+def changing(script: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """One process: a user's own optimizer, whose state is numbers too, then nadam, adam and the own one again."""
+    file = tmp_path_factory.mktemp("changing") / "script.toml"
+    changes = [(3, "nadam", "lr = 0.01"), (5, "adam", "weight_decay = 0.1"), (7, OWN, "lr = 0.02\nmomentum = 0.25")]
+    entries = [f'[[command]]\nboundary = {b}\nop = "change_optimizer"\noptimizer = "{n}"\n{s}\n' for b, n, s in changes]
+    file.write_text("\n".join([Path(script).read_text(), *entries]))
+
+    def train(folder: str, **arguments: Any) -> list[dict[str, Any]]:
+        return [jobs.train(folder, **{"script": str(file), "optimizer": OWN, **arguments})]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole_changing(changing: Train, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return changing(folder=str(tmp_path_factory.mktemp("changing") / "run"))
+
+
+@pytest.mark.parametrize("at", STOPS)
+def test_a_run_that_changes_its_optimizer_continues_as_if_never_stopped(
+    changing: Train, whole_changing: list[dict[str, Any]], at: str, tmp_path: Path
+) -> None:
+    assert whole_changing[0]["stages"] == AT_THE_END
+    stop(changing, tmp_path / "run", at)
+    assert_finished(changing(folder=str(tmp_path / "run"), resume=True), whole_changing)
+    assert by_rank(tmp_path / "run", "command_refused", "code") == []
 
 
 # Compiled: until the seed is blended in, since each structure takes seconds to compile

@@ -457,6 +457,41 @@ def test_a_class_gets_the_settings_that_it_names() -> None:
     assert group["alpha"] == 0.75
 
 
+HERE = "tests.unit.test_surgery"
+
+
+class Compact(torch.optim.Optimizer):
+    """Holds the mean of a large parameter in half the bytes, and one number for each of its rows."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, large = self.state[p], p.numel() > 64
+                if not state:
+                    state["mean"] = torch.full_like(p, 0.5, dtype=torch.bfloat16 if large else None)
+                    state["rows"] = torch.zeros(len(p))
+                state["mean"].add_(p.grad)
+                state["rows"].add_(p.grad.sum(1))
+                p.sub_(group["lr"] * state["mean"] * state["rows"][:, None])
+
+
+def test_state_whose_form_depends_on_the_size_is_loaded_and_what_can_not_grow_is_refused() -> None:
+    shapes = {"host": {"small": (3, 2), "large": (40, 3)}}
+    groups, twins = make(shapes), make(shapes)
+    optimizer, restored = build(f"{HERE}:Compact", groups), build(f"{HERE}:Compact", twins)
+    train(optimizer, groups, range(2))
+    load_state(restored, {name: tensor.clone() for name, tensor in state_tensors(optimizer).items()}, {})
+    assert differing(state_tensors(restored), state_tensors(optimizer)) == []
+    assert {t.dtype for name, t in state_tensors(restored).items() if "mean" in name} == {torch.float32, torch.bfloat16}
+    with pytest.raises(OptimizerStateError, match="rows of shape"):
+        regroup(optimizer, make({"host": {"small": (4, 2), "large": (40, 3)}}))
+
+
 class Wordless(torch.optim.SGD):
     """Takes no groups."""
 
@@ -476,9 +511,6 @@ class Furious(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float) -> None:
         raise ArithmeticError("too slow")
-
-
-HERE = "tests.unit.test_surgery"
 
 
 @pytest.mark.parametrize(

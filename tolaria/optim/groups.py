@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,11 +106,14 @@ class FirstStates:
         self._optimizer = optimizer
         self._small: dict[str, tuple[torch.Size, dict[str, Any]]] = {}
 
-    def of(self, group: Mapping[str, Any], parameter: Tensor, keys: Set[str]) -> dict[str, Any]:
-        """The first state of a parameter that is expected to have these keys; it may have others."""
+    def of(self, group: Mapping[str, Any], parameter: Tensor, expected: Mapping[str, Any]) -> dict[str, Any]:
+        """The first state of a parameter, to be read only: tensors may be one number, expanded.
+
+        Where it is not as ``expected``, by keys and dtypes, it is surely so.
+        """
         if parameter.ndim <= len(_EXTENTS):
             shape, small = self._of_small(group, parameter)
-            if small.keys() == keys and all(_is_scalable(value, shape) for value in small.values()):
+            if small.keys() == expected.keys() and all(_scales(v, shape, expected[key]) for key, v in small.items()):
                 return {key: _enlarged(value, parameter) for key, value in small.items()}
         return first_state(self._optimizer, group, parameter)
 
@@ -127,9 +130,11 @@ class FirstStates:
         return self._small[kind]
 
 
-def _is_scalable(value: Any, shape: torch.Size) -> bool:
+def _scales(value: Any, shape: torch.Size, expected: Any) -> bool:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return True
+    if not isinstance(expected, Tensor) or value.dtype != expected.dtype:
+        return False  # a class may hold large parameters in another form than small ones
     return value.shape == shape and bool((value == value.reshape(-1)[0]).all())
 
 
@@ -138,8 +143,13 @@ def _enlarged(value: Any, parameter: Tensor) -> Any:
         return value
     if value.ndim == 0:
         return value.clone()
-    first = value.reshape(-1)[0]
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(first)
+    return value.reshape(-1)[0].expand(parameter.shape)
+
+
+def room_for(value: Tensor, parameter: Tensor) -> Tensor:
+    """Memory for state of this form, laid out as the parameter is where it has its shape. Not initialised."""
+    like = parameter if value.shape == parameter.shape else value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device, requires_grad=False)
 
 
 def listed(names: list[str], limit: int = 5) -> str:

@@ -17,6 +17,7 @@ from tolaria.optim.groups import (
     listed,
     named_parameters,
     options_of,
+    room_for,
     state_of,
 )
 
@@ -63,8 +64,8 @@ def load_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], scalars: Map
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in saved:
-                own = first.of(group, parameter, saved[name].keys())
-                loaded.append((parameter, _filled(name, own, saved[name])))
+                own = first.of(group, parameter, saved[name])
+                loaded.append((parameter, _filled(name, parameter, own, saved[name])))
     optimizer.state.clear()
     for parameter, state in loaded:
         optimizer.state[parameter] = state
@@ -155,7 +156,7 @@ def _state(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
             yield f"{name}/{key}", value
 
 
-def _filled(name: str, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def _filled(name: str, parameter: Tensor, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     if own.keys() != saved.keys():
         raise CheckpointMismatch(
             f"optimizer state of {name!r} holds {sorted(saved)}, this optimizer's has {sorted(own)}"
@@ -165,7 +166,10 @@ def _filled(name: str, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, 
             raise CheckpointMismatch(
                 f"optimizer state {key!r} of {name!r} is {_form(value)}; expected {_form(own[key])}"
             )
-    return {key: value.copy_(saved[key]) if isinstance(value, Tensor) else saved[key] for key, value in own.items()}
+    return {
+        key: room_for(value, parameter).copy_(saved[key]) if isinstance(value, Tensor) else saved[key]
+        for key, value in own.items()
+    }
 
 
 def _form(value: Any) -> str:

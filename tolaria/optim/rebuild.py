@@ -26,6 +26,7 @@ from tolaria.optim.groups import (
     named_parameters,
     options_of,
     over,
+    room_for,
     state_of,
 )
 from tolaria.optim.persist import (
@@ -194,7 +195,7 @@ def _matched_states(
             before, state = old.get(name, (parameter, {}))
             if state:
                 same = before.shape == parameter.shape
-                begin = {} if same else first.of(entry, parameter, state.keys())
+                begin = {} if same else first.of(entry, parameter, state)
                 carried = {
                     key: _carried(f"{name}/{key}", value, before, parameter, fill.get(key, begin.get(key, 0.0)))
                     for key, value in state.items()
@@ -224,11 +225,11 @@ def _carried(what: str, value: Any, old: Tensor, new: Tensor, fill: Any) -> Any:
             f"state {what} of shape {tuple(value.shape)} can not follow its parameter from {tuple(old.shape)} "
             f"to {tuple(new.shape)}: only growth along existing dimensions can be matched"
         )
-    if isinstance(fill, Tensor) and (fill.shape, fill.dtype) == (new.shape, value.dtype):
-        grown = fill
-    else:
-        grown = torch.full_like(new, float(fill), dtype=value.dtype, device=value.device, requires_grad=False)
-    grown[tuple(slice(size) for size in value.shape)] = value
+    grown = room_for(torch.empty((), dtype=value.dtype, device=value.device).expand(new.shape), new)
+    grown[tuple(slice(size) for size in old.shape)] = value
+    for dim, size in enumerate(old.shape):
+        beyond = (*(slice(inner) for inner in old.shape[:dim]), slice(size, None))
+        grown[beyond] = fill[beyond] if isinstance(fill, Tensor) and fill.ndim else fill
     return grown
 
 
