@@ -8,7 +8,7 @@ not contain what is common to both passes. Everything travels in one packed floa
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Worth:
     """What one seed was found to be worth. ``noise``: the standard error of ``contribution``; NaN is unknown.
 
     ``pass_ms``: milliseconds of a rank's validation with the seed and, right after it, without; the mean over ranks,
-    data included. None while the seed is only probed.
+    data included; CPU time on the CPU, wall time on a GPU. None while the seed is only probed.
     """
 
     contribution: float
@@ -130,7 +130,10 @@ class Evaluator:
         return replace(report, signal_ms=self.signal.milliseconds)
 
     def _pass(self, plan: Plan) -> _Pass:
-        start, objective = perf_counter(), self.state.objective
+        cuda, objective = self.world.device.type == "cuda", self.state.objective
+        # On the CPU the time of this process alone: other programs would be in any other.
+        clock = perf_counter if cuda else process_time
+        start = clock()
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         with evaluating(objective):
@@ -142,9 +145,9 @@ class Evaluator:
                 losses.append(values["loss"])
                 for name, value in values.items():
                     totals[name] = totals[name] + value.sum() if name in totals else value.sum()
-        if self.world.device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize(self.world.device)  # the time is that of the device
-        return _Pass(totals, torch.cat(losses), (perf_counter() - start) * 1e3)
+        return _Pass(totals, torch.cat(losses), (clock() - start) * 1e3)
 
     def _probe(self, seed: Seed, losses: Tensor) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:

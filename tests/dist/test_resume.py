@@ -104,7 +104,6 @@ def stop(train: Train, folder: Path, at: str, **arguments: Any) -> None:
 def assert_finished(ranks: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
     assert [r["outcome"] for r in [*ranks, *whole]] == ["finished"] * 2 * len(ranks)
     assert {r["digest"] for r in ranks} == {r["digest"] for r in whole}
-    assert [r.get("lives") for r in ranks] == [whole[0].get("lives")] * len(ranks)
     assert len({r["digest"] for r in whole}) == 1
 
 
@@ -118,7 +117,9 @@ def test_two_ranks_continue_as_if_never_stopped(
     assert whole_two[0]["stages"] == AT_THE_END
     assert any(contribution is not None for *_, contribution, _, _ in whole_two[0]["lives"])
     stop(two, tmp_path / "run", at, stop_rank=1)
-    assert_finished(two(folder=str(tmp_path / "run"), resume=True), whole_two)
+    ranks = two(folder=str(tmp_path / "run"), resume=True)
+    assert_finished(ranks, whole_two)
+    assert [r["lives"] for r in ranks] == [whole_two[0]["lives"]] * 2
 
 
 @pytest.mark.parametrize("at", STOPS)

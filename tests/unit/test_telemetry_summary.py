@@ -147,7 +147,7 @@ def test_seed_lines_tell_gain_and_cost() -> None:
     assert list(report.seed_lines(seed)) == [
         ("early", "conv_residual, fossilized, 2,404 parameters"),
         ("  gain", "pays: +0.1515 +- 0.0040 validation loss"),
-        ("  cost", "138 k FLOPs a sample, 27.9 G spent; validation 3.1 ms, 12.3 with it"),
+        ("  cost", "138 k FLOPs a sample, 27.9 G spent; validation 3.1 -> 12.3 ms"),
     ]
     culled = replace(seed, stage="CULLED", ended_in="PROBATIONARY", contribution=-0.02, pass_ms=None, flops=None)
     assert list(report.seed_lines(culled)) == [

@@ -58,7 +58,7 @@ class SeedRecord:
     ``flops``: of one sample's forward pass through the seed, None if unknown. ``train_flops``: what its own forward and
     backward passes took so far, over all ranks (not the second pass through the host of a seed that learns behind it).
     ``pass_ms``: milliseconds of a validation pass with the seed at work and, right after it, without; data included,
-    means over ranks, the least of all boundaries at which both were measured.
+    CPU time on the CPU, wall time on a GPU, means over ranks, the least of all boundaries at which both were measured.
     ``step_ms_before``: wall time of a training step, data included, median between the two boundaries before the seed
     was germinated; ``step_ms``: the same between the last two between which it was at work. Means over ranks. What else
     changed between the two is in them as well.
