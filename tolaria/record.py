@@ -73,7 +73,8 @@ class RunRecord:
             val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
-            own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise, signals=report.signals,
+            own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise,
+            signals={slot: _signals_of(metrics) for slot, metrics in report.signals.items()},
             flops_per_sample=report.flops,
             owners=_owners(report, state),
         )  # fmt: skip
@@ -171,6 +172,11 @@ class RunRecord:
         self.latencies = [dict(entry) for entry in saved["latencies"]]
         self.counters.update(saved["counters"])
         self.seconds_before = float(saved["seconds"])
+
+
+def _signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The measured ones; what a blueprint costs is the same at every boundary."""
+    return {name: value for name, value in metrics.items() if name.startswith("signal/")}
 
 
 def _epoch(state: TrainState) -> int:
