@@ -133,7 +133,7 @@ def sides(world: World, features: int, batch_size: int, *, compiled: bool) -> It
             replica.rebuild(first=True)
             group = list(loader.batches(task.train, state.sampler.remaining()[:1]))
             replica.warm_up(group[0])
-            step = TrainStep(state, replica, events, clip_norm=1.0, debug=False)
+            step = TrainStep(state, replica, events, debug=False)
             made.append(Side(mode, state, replica, step, group))
         yield made
         for side in made:
