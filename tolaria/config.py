@@ -166,6 +166,8 @@ class KasminaConfig:
     min_contribution: float = doc(0.0, "gate G4: validation loss without the seed minus with it, at least")
     embargo_boundaries: int = doc(2, "boundaries that a culled slot stays closed")
     freeze_fossilized: bool = doc(False, "freeze the parameters of a FOSSILIZED seed")
+    measure_signal: bool = doc(True, "measure at each boundary what gradient a seed would get in each free slot")
+    candidates: str = doc("", "blueprints that are measured, with commas between; empty: all that fit")
 
     def __post_init__(self) -> None:
         for key in ("blend_steps", "gradient_window", "max_seed_parameters", "max_grown_parameters"):

@@ -1,12 +1,13 @@
 """What a boundary knows: the state of the run since the last one and its validation, over all ranks.
 
 Validation runs eager in evaluation mode, each rank on its share. Seeds that are SHADOWING or PROBATIONARY cost a
-second pass each, without or with the seed. Everything travels in one packed float64 sum.
+second pass each, without or with the seed; the difference is taken sample by sample, so that its standard error does
+not contain what is common to both passes. Everything travels in one packed float64 sum.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from tolaria.dist import World
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Gauge
 from tolaria.leyline.types import SeedStage
-from tolaria.objective import weighted_sums
+from tolaria.objective import weighted_values
+from tolaria.outlook import ForwardCost, GrowthSignal, Signals
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
@@ -34,7 +36,9 @@ class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
     ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
-    ``own_ms`` each rank's own milliseconds in a step.
+    ``own_ms`` each rank's own milliseconds in a step. ``val_noise``: the standard error of ``val_loss``, as of a sample
+    of all data. ``signals``: what growth promises at each free slot. ``flops``: of one sample's forward pass, None if
+    unknown. ``signal_ms``: milliseconds that measuring the signals took on this rank.
     """
 
     train_loss: float
@@ -42,6 +46,10 @@ class Report:
     val_accuracy: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     own_ms: Sequence[float] = ()
+    val_noise: float = math.nan
+    signals: Signals = field(default_factory=dict)
+    flops: int | None = None
+    signal_ms: float = 0.0
 
 
 class Evaluator:
@@ -56,6 +64,8 @@ class Evaluator:
         self.loader = loader
         self.world = world
         self.size = dataset_size(task.validation, "validation")
+        self.signal = GrowthSignal(task, state, replica, loader, world)
+        self.cost = ForwardCost(task, state, loader)
         self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
 
     def rehearse(self) -> None:
@@ -77,33 +87,40 @@ class Evaluator:
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
-        local.update({f"val/{name}": value for name, value in self._pass(self._plan).items()})
+        sums, losses = self._pass(self._plan)
+        local.update({f"val/{name}": value for name, value in sums.items()})
+        local["squares"] = losses.square().sum()
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
-                local.update(self._probe(seed))
+                local.update(self._probe(seed, losses))
         packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
         values = dict(zip(local, packed.tolist(), strict=True))
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
-        return report
+        signals = self.signal.measure()
+        return replace(report, signals=signals, signal_ms=self.signal.milliseconds, flops=self.cost.flops())
 
-    def _pass(self, plan: Plan) -> dict[str, Tensor]:
+    def _pass(self, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums of all values over this rank's samples, and the loss of each, float64."""
         objective = self.state.objective
         totals: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         with evaluating(objective):
             for batch in self.loader.batches(self.task.validation, plan):
                 with self.replica.autocast():
                     # Not through the objective: validation is eager, its shapes and modes would each be compiled.
                     outputs = objective.model(batch.inputs)
-                for name, value in weighted_sums(self.task, outputs, batch).items():
-                    totals[name] = totals[name] + value if name in totals else value
-        return totals
+                values = weighted_values(self.task, outputs, batch)
+                losses.append(values["loss"])
+                for name, value in values.items():
+                    totals[name] = totals[name] + value.sum() if name in totals else value.sum()
+        return totals, torch.cat(losses)
 
-    def _probe(self, seed: Seed) -> dict[str, Tensor]:
+    def _probe(self, seed: Seed, losses: Tensor) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
-            loss = self._pass(self._plan)["loss"]
+            sums, probed = self._pass(self._plan)
         key = f"probe/{seed.slot}"
-        found = {f"{key}/loss": loss}
+        found = {f"{key}/loss": sums["loss"], f"{key}/squares": (probed - losses).square().sum()}
         if isinstance(gauge, Gauge):
             names = (f"{key}/host_squares", f"{key}/seed_squares", f"{key}/non_finite")
             found.update(dict(zip(names, gauge.totals, strict=True)))
@@ -112,10 +129,11 @@ class Evaluator:
 
     def _report(self, values: Mapping[str, float]) -> Report:
         steps = values["train/steps"]
+        noise = standard_error(values["val/loss"], values["squares"], self.size)
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms)
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise)
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()
@@ -128,6 +146,8 @@ class Evaluator:
             if f"{key}/loss" not in values:
                 continue
             probed = values[f"{key}/loss"] / self.size
+            difference = values[f"{key}/loss"] - values["val/loss"]
+            evidence.contribution_noise = standard_error(difference, values[f"{key}/squares"], self.size)
             if seed.stage == SeedStage.PROBATIONARY:
                 evidence.loss_with, evidence.loss_without = val_loss, probed
                 continue
@@ -136,3 +156,11 @@ class Evaluator:
             evidence.output_ratio = math.sqrt(grown / host) if host > 0 else math.nan
             evidence.non_finite_outputs = int(values[f"{key}/non_finite"])
             evidence.shape_mismatch = "differs from the host's" if values[f"{key}/mismatch"] else ""
+
+
+def standard_error(total: float, squares: float, count: int) -> float:
+    """Standard error of a mean, from the sum of ``count`` values and of their squares; NaN for one value alone."""
+    if count < 2 or not math.isfinite(squares):
+        return math.nan
+    # Rounding may bring a spread of nothing below zero.
+    return math.sqrt(max(0.0, squares - total * total / count) / (count - 1) / count)

@@ -51,13 +51,11 @@ class Objective(nn.Module):
         return (per_sample(losses, weights.shape[0], "the task's loss") * weights).sum()
 
 
-def weighted_sums(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-    """Validation values of one batch, summed with its weights: "loss", "accuracy" and the task's metrics, 0-D."""
+def weighted_values(task: Task, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+    """Validation values of one batch times its weights: "loss", "accuracy" and the task's metrics, (batch,) float64."""
     functions = {"loss": task.loss, "accuracy": task.accuracy, **task.metrics}
     count = batch.weights.shape[0]
     values = {name: per_sample(f(outputs, batch.targets), count, f"the task's {name}") for name, f in functions.items()}
     # A filled-up sample has weight 0, but 0 * inf is NaN: leave it out instead of multiplying.
     real = batch.weights > 0
-    return {
-        name: torch.where(real, v * batch.weights, torch.zeros_like(v)).double().sum() for name, v in values.items()
-    }
+    return {name: torch.where(real, v * batch.weights, torch.zeros_like(v)).double() for name, v in values.items()}

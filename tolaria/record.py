@@ -65,14 +65,15 @@ class RunRecord:
         if self.before_growth is None and any(s.stage in ACTING for s in state.kasmina.seeds.values()):
             # Validated before this boundary's command took effect, so still without the seed.
             self.before_growth = score
-        latency = {**applied.latency_ms, "validation": measure_ms}
+        latency = {**applied.latency_ms, "validation": measure_ms - report.signal_ms, "signal": report.signal_ms}
         self.latencies.append(latency)
         self.events.emit(
             "boundary", boundary=state.boundary, epoch=score.epoch, train_loss=report.train_loss,
             val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
-            own_ms=[round(ms, 3) for ms in report.own_ms],
+            own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise, signals=report.signals,
+            flops_per_sample=report.flops,
         )  # fmt: skip
         self._row(report)
         self._tell_stragglers(report)

@@ -207,3 +207,15 @@ def test_a_backend_that_fails_leaves_the_run_as_an_eager_one(
                 (reason,) = fallbacks(rig)
                 assert "no compiler on this machine" in reason
     assert digests[0] == digests[1]
+
+
+def test_measuring_what_could_grow_compiles_nothing(tmp_path: Path, compiler: Compiler) -> None:
+    with build(tmp_path) as rig:
+        rig.train(2)
+        before = compiler.graphs, compiler.calls
+        measured = rig.evaluator.signal.measure()
+        assert measured["early"]["signal/low_rank"] > 0
+        assert rig.evaluator.cost.flops()
+        assert (compiler.graphs, compiler.calls) == before
+        rig.train(2)
+        assert compiler.graphs == before[0] and compiler.calls > before[1]

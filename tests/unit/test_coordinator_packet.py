@@ -7,18 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from tests.rig import Rig
 from tolaria.config import TamiyoConfig
 from tolaria.coordinator.coordinator import LOSS_HISTORY, Coordinator, RunFacts
 from tolaria.errors import PolicyUnavailable
+from tolaria.kasmina import blueprints
+from tolaria.kasmina.blueprints import Blueprint
+from tolaria.kasmina.candidates import MAX_CANDIDATES
 from tolaria.leyline.codec import ReceivedReply, decode_request, encode_request
 from tolaria.leyline.limits import MAX_MEASUREMENT
 from tolaria.leyline.types import HardwareContext, PolicyRequest, SeedStage, SystemState
-from tolaria.measure import Report
+from tolaria.measure import TRAIN_METERS, Report
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.timeline import Timeline
 from tolaria.tamiyo.client import PolicyClient
+from tolaria.telemetry.meters import Meters
 
 HEALTHY = Report(0.75, 0.5, 0.25, {"top2": 0.875})
 
@@ -78,6 +83,33 @@ def test_the_packet_tells_how_the_run_does(rig: Rig) -> None:
     assert (metrics["metric/top2"], metrics["boundaries_left"], metrics["conservative"]) == (0.875, 4, 0)
     assert (metrics["slot_rank/early"], metrics["slot_rank/late"]) == (1, 1)
     assert metrics["parameters"] == rig.state.parameter_count
+
+
+def test_the_packet_tells_what_a_policy_chooses_by(rig: Rig) -> None:
+    rig.grow("late", SeedStage.GERMINATED)
+    report = rig.evaluator.measure(Meters(TRAIN_METERS))
+    state = told(rig, report)
+    early, late = state.seeds
+    assert dict(early.metrics) == {n: pytest.approx(v) for n, v in report.signals["early"].items()}
+    assert {"signal/low_rank", "cost/low_rank", "flops/low_rank"} <= set(early.metrics)
+    assert not any("/" in name for name in late.metrics)
+    metrics = state.training_metrics
+    grown = rig.state.kasmina.grown_parameters
+    assert metrics["budget_parameters"] == rig.config.kasmina.max_grown_parameters - grown > 0
+    assert metrics["validation_noise"] == pytest.approx(report.val_noise)
+    assert metrics["flops_per_sample"] == report.flops
+    # What was not measured is left out, not told as a number.
+    assert not {"validation_noise", "flops_per_sample"} & set(told(rig, HEALTHY).training_metrics)
+
+
+def test_as_many_candidates_as_a_slot_can_have_fit_the_message(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        name = f"own-{number:02d}-{'x' * 50}"
+        monkeypatch.setitem(
+            blueprints._BLUEPRINTS, name, Blueprint(name, frozenset({1}), lambda shape: nn.Linear(8, 8), "")
+        )
+    state = told(rig, rig.evaluator.measure(Meters(TRAIN_METERS)))
+    assert [len(seed.metrics) for seed in state.seeds] == [3 * MAX_CANDIDATES] * 2
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,14 @@ def test_names_of_parameters_and_buffers_carry_the_slot(tmp_path: Path) -> None:
         grown = rig.state.kasmina.seeds["early"]
         assert all(name.startswith("seed/early/") for name in grown.named_parameters())
         assert rig.state.kasmina.groups()["seed/early"] == grown.named_parameters()
+
+
+def test_all_evidence_is_saved_exactly() -> None:
+    seed = new_seed()
+    values = {name: 1 / (3 + place) for place, name in enumerate(vars(Evidence()))}
+    seed.evidence = Evidence(
+        **{**values, "gradient_norms": [1 / 3, math.inf], "non_finite_outputs": 2, "shape_mismatch": "x"}  # type: ignore[arg-type]
+    )
+    loaded = new_seed()
+    loaded.load_state_dict(as_json(seed))
+    assert loaded.evidence == seed.evidence

@@ -234,6 +234,9 @@ class Coordinator:
             "parameters": float(state.parameter_count),
             "skipped_steps": float(state.skipped_steps),
             "boundaries_left": float(self._facts.boundaries_left()),
+            "validation_noise": report.val_noise,
+            "budget_parameters": float(state.kasmina.config.max_grown_parameters - state.kasmina.grown_parameters),
+            "flops_per_sample": math.nan if report.flops is None else float(report.flops),
             # A policy that was started again has only what the packet tells.
             **{f"loss_history/{back}": loss for back, loss in enumerate(self._losses, 1)},
             **{f"slot_rank/{name}": float(len(seed.shape)) for name, seed in state.kasmina.seeds.items()},
@@ -250,7 +253,10 @@ class Coordinator:
             training_run_id=self._facts.run_id,
             experiment_name=self._facts.experiment,
             hardware=self._facts.hardware(),
-            seeds=tuple(map(_sendable, state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step)))),
+            seeds=tuple(
+                _sendable(seed, report.signals.get(seed.seed_id, {}))
+                for seed in state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step))
+            ),
             training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
         )
 
@@ -278,6 +284,6 @@ class Coordinator:
             self._losses = deque(map(float.fromhex, state["losses"]), maxlen=LOSS_HISTORY)
 
 
-def _sendable(seed: SeedState) -> SeedState:
-    metrics = {name: clip_measurement(value) for name, value in seed.metrics.items()}
+def _sendable(seed: SeedState, signals: Mapping[str, float]) -> SeedState:
+    metrics = {name: clip_measurement(value) for name, value in {**seed.metrics, **signals}.items()}
     return replace(seed, gradient_norm=clip_measurement(seed.gradient_norm), metrics=metrics)

@@ -22,13 +22,17 @@ class GateResult:
 
 @dataclass
 class Evidence:
-    """What was measured of one seed. Losses are means over the validation set; norms are global gradient norms."""
+    """What was measured of one seed. Losses are means over the validation set; norms are global gradient norms.
+
+    ``contribution_noise``: standard error of the contribution, of the differences sample by sample.
+    """
 
     gradient_norms: list[float] = field(default_factory=list)
     loss_before_graft: float = math.nan
     loss_now: float = math.nan
     loss_with: float = math.nan
     loss_without: float = math.nan
+    contribution_noise: float = math.nan
     output_ratio: float = math.nan
     non_finite_outputs: int = 0
     shape_mismatch: str = ""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tolaria.kasmina.growth import build_seed, check_operation, form_for, judge,
 from tolaria.kasmina.lifecycle import Move, after_boundary, move
 from tolaria.kasmina.seed import NormRing, Seed
 from tolaria.kasmina.slot import Gauge, HostOnly, Slot
+from tolaria.kasmina.view import seed_state
 from tolaria.leyline.types import Command, SeedCommand, SeedOp, SeedStage, SeedState
 
 
@@ -124,7 +125,9 @@ class Kasmina:
             seed.evidence.loss_before_graft = seed.evidence.loss_now
         elif operation == SeedOp.EVALUATE:
             # The contribution counts only as measured with the seed at work, not as probed behind the host.
-            seed.evidence.loss_with = seed.evidence.loss_without = math.nan
+            seed.evidence = replace(
+                seed.evidence, loss_with=math.nan, loss_without=math.nan, contribution_noise=math.nan
+            )
         elif operation == SeedOp.FINE_TUNE:
             seed.fine_tuning = True
         elif operation in (SeedOp.CULL, SeedOp.CANCEL):
@@ -205,26 +208,7 @@ class Kasmina:
         depth = list(self.slots).index(seed.slot)
         if not seed.occupied:
             return SeedState(seed_id=seed.slot, stage=seed.stage, layer_depth=depth)
-        gate = self.next_gate(seed)
-        metrics = {
-            "parameters": float(seed.parameter_count),
-            "alpha": seed.alpha_value,
-            "boundaries_in_stage": float(seed.boundaries_in_stage),
-            "gate_ok": float(gate is None or gate.ok),
-        }
-        if math.isfinite(seed.evidence.contribution):
-            metrics["contribution"] = seed.evidence.contribution
-        norm = seed.evidence.gradient_norms[-1] if seed.evidence.gradient_norms else 0.0
-        return SeedState(
-            seed_id=seed.slot,
-            stage=seed.stage,
-            gradient_norm=norm if math.isfinite(norm) else 0.0,
-            learning_rate=learning_rate(seed.group),
-            layer_depth=depth,
-            metrics=metrics,
-            age_epochs=seed.age_boundaries,
-            risk_score=0.0 if gate is None or gate.ok else 1.0,
-        )
+        return seed_state(seed, depth=depth, gate=self.next_gate(seed), learning_rate=learning_rate(seed.group))
 
     def memento(self) -> dict[str, dict[str, Any]]:
         """What `restore` needs to take back every change of structure made after this call."""

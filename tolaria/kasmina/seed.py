@@ -151,7 +151,9 @@ class Seed:
         for name in ("blend_steps", "blend_position", "boundaries_in_stage", "age_boundaries"):
             setattr(self, name, int(state[name]))
         self.fine_tuning = bool(state["fine_tuning"])
-        floats = ("loss_before_graft", "loss_now", "loss_with", "loss_without", "output_ratio")
+        floats = (
+            "loss_before_graft", "loss_now", "loss_with", "loss_without", "contribution_noise", "output_ratio"
+        )  # fmt: skip
         saved = state["evidence"]
         self.evidence = Evidence(
             gradient_norms=[float.fromhex(n) for n in saved["gradient_norms"]],

@@ -1,0 +1,220 @@
+"""What a policy chooses by: a measured gradient is the one that a seed gets, and measuring leaves no trace."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.rig import Rig, make_task, same_bits, tiny_config
+from tolaria.config import Config
+from tolaria.kasmina import blueprints
+from tolaria.kasmina.blueprints import Blueprint
+from tolaria.kasmina.candidates import newborn
+from tolaria.kasmina.shadow import make_twin
+from tolaria.leyline.types import SeedStage
+from tolaria.objective import Objective
+from tolaria.state import Mode, rng_tensors
+from tolaria.task import Task
+
+BLUEPRINTS = ("identity", "low_rank", "residual_mlp")
+SLOTS = ("early", "late")
+
+
+@pytest.fixture(autouse=True)
+def registry_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blueprints, "_BLUEPRINTS", dict(blueprints._BLUEPRINTS))
+
+
+def register(name: str, build: Callable[[tuple[int, ...]], nn.Module]) -> None:
+    blueprints._BLUEPRINTS[name] = Blueprint(name, frozenset({1}), build, "")
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with Rig.build(tmp_path, dropout=0.3, batch_norm=True) as built:
+        built.train(5)
+        yield built
+
+
+def shadow_gradient(rig: Rig, slot: str, blueprint: str) -> float:
+    """The size of the gradient that a TRAINING seed's shadow gives on the boundary's batch."""
+    seed = rig.state.kasmina.seeds[slot]
+    seed.module = newborn(blueprint, seed.shape, run_seed=rig.config.run.seed, device=torch.device("cpu"))
+    twin = make_twin(rig.state.objective, "slots", seed, "residual")
+    batch = rig.evaluator.signal.batch()
+    with torch.random.fork_rng(devices=[]):
+        twin(batch.inputs, batch.targets, batch.weights).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in seed.module.parameters() if p.grad is not None)
+    seed.module = None
+    return math.sqrt(squares)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+@pytest.mark.parametrize("blueprint", BLUEPRINTS)
+def test_the_signal_is_the_gradient_of_a_seed_that_is_there(rig: Rig, slot: str, blueprint: str) -> None:
+    measured = rig.evaluator.signal.measure()[slot]
+    assert measured[f"signal/{blueprint}"] > 0
+    assert measured[f"signal/{blueprint}"] == pytest.approx(shadow_gradient(rig, slot, blueprint), rel=1e-6)
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS)
+def test_also_beside_a_seed_that_is_at_work(tmp_path: Path, blueprint: str) -> None:
+    with Rig.build(tmp_path) as rig:
+        rig.grow("early", SeedStage.BLENDING)
+        measured = rig.evaluator.signal.measure()
+        assert set(measured) == {"late"}
+        assert measured["late"][f"signal/{blueprint}"] == pytest.approx(
+            shadow_gradient(rig, "late", blueprint), rel=1e-6
+        )
+
+
+class Reused(nn.Module):
+    """Sends the batch through one slot twice, and works in place on what comes out."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.host.early(torch.tanh(self.host.inlet(x)))  # type: ignore[operator]
+        h = functional.relu(h, inplace=True)
+        logits: Tensor = self.host.head(functional.relu(self.host.early(self.host.middle(h)), inplace=True))  # type: ignore[operator]
+        return logits
+
+
+def make_reused() -> Task:
+    task = make_task()
+    return Task(**{**vars(task), "model": Reused(task.model), "slots": {}})
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS)
+def test_a_slot_that_is_passed_twice_and_worked_on_in_place(tmp_path: Path, blueprint: str) -> None:
+    with Rig.build(tmp_path, make=make_reused) as rig:
+        measured = rig.evaluator.signal.measure()["early"]
+        assert measured[f"signal/{blueprint}"] == pytest.approx(shadow_gradient(rig, "early", blueprint), rel=1e-6)
+
+
+def test_costs_are_those_of_the_blueprint(rig: Rig) -> None:
+    measured = rig.evaluator.signal.measure()["early"]
+    assert measured["cost/low_rank"] == 8 + 8 + 8 * 2 + 2 * 8 + 8
+    assert measured["flops/low_rank"] == 2 * (8 * 2 + 2 * 8)
+    assert (measured["cost/identity"], measured["flops/identity"]) == (8, 0)
+    assert not any("conv" in name or "attention" in name for name in measured)  # they take other shapes
+
+
+def test_measuring_leaves_no_trace(rig: Rig) -> None:
+    digest, streams = rig.state.digest(), rng_tensors(torch.device("cpu"))
+    forms = {name: slot.form for name, slot in rig.state.kasmina.slots.items()}
+    assert rig.evaluator.signal.measure()
+    assert rig.evaluator.cost.flops()
+    assert rig.state.digest() == digest
+    assert all(same_bits(now, streams[n]) for n, now in rng_tensors(torch.device("cpu")).items())
+    assert all(p.grad is None for p in rig.state.objective.parameters())
+    assert all(slot.form is forms[name] for name, slot in rig.state.kasmina.slots.items())
+
+
+def test_a_run_that_measures_trains_as_one_that_does_not(tmp_path: Path) -> None:
+    digests = []
+    for measures in (False, True):
+        folder = tmp_path / str(measures)
+        folder.mkdir()
+        with Rig.build(folder, config=tiny_config(measure_signal=measures), dropout=0.3, batch_norm=True) as rig:
+            rig.train(3)
+            rig.boundary()
+            rig.train(3)
+            digests.append(rig.state.digest())
+    assert digests[0] == digests[1]
+
+
+def test_every_boundary_draws_another_batch_and_the_same_again(rig: Rig) -> None:
+    first = rig.evaluator.signal.batch().inputs
+    assert torch.equal(first, rig.evaluator.signal.batch().inputs)
+    rig.state.boundary += 1
+    assert not torch.equal(first, rig.evaluator.signal.batch().inputs)
+
+
+@pytest.mark.parametrize(
+    ("config", "slots", "names"),
+    [
+        (tiny_config(measure_signal=False), set(), set()),
+        (tiny_config(candidates="low_rank, conv_residual"), set(SLOTS), {"low_rank"}),
+        (tiny_config(max_seed_parameters=70), set(SLOTS), {"identity", "low_rank"}),
+        (tiny_config(max_grown_parameters=8), set(SLOTS), {"identity"}),
+        (tiny_config(max_grown_parameters=7), set(), set()),
+    ],
+)
+def test_only_what_could_be_germinated_is_measured(
+    tmp_path: Path, config: Config, slots: set[str], names: set[str]
+) -> None:
+    with Rig.build(tmp_path, config=config) as rig:
+        measured = rig.evaluator.signal.measure()
+        assert set(measured) == slots
+        assert {name for metrics in measured.values() for name in metrics} == {
+            f"{kind}/{name}" for kind in ("signal", "cost", "flops") for name in names
+        }
+
+
+def test_a_conservative_run_measures_nothing(rig: Rig) -> None:
+    rig.state.mode = Mode(conservative=True)
+    assert rig.evaluator.signal.measure() == {}
+
+
+class Fails(nn.Linear):
+    """Runs on two samples, as when it is built, and on no more."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if len(h) > 2:
+            raise RuntimeError("too many samples")
+        return super().forward(h)
+
+
+class Counts(nn.Linear):
+    """Has a buffer that a pass moves, and draws random numbers."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape[-1], shape[-1])
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.seen += 1
+        return super().forward(functional.dropout(h))
+
+
+def test_blueprints_of_ones_own_are_measured_and_one_that_fails_is_left_out(rig: Rig) -> None:
+    register("fails", lambda shape: Fails(shape[-1], shape[-1]))
+    register("broken", lambda shape: nn.Linear(1, 1 // 0))
+    register("counts", Counts)
+    register("huge", lambda shape: nn.Linear(shape[-1], 2**40))  # no machine could hold it
+    streams = rng_tensors(torch.device("cpu"))
+    measured = rig.evaluator.signal.measure()["early"]
+    assert measured["signal/counts"] > 0
+    assert measured["cost/fails"] == 72 and "signal/fails" not in measured
+    assert not any(name.endswith(("broken", "huge")) for name in measured)
+    assert all(same_bits(now, streams[n]) for n, now in rng_tensors(torch.device("cpu")).items())
+
+
+def test_a_pass_that_fails_is_told_and_the_run_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    forms = {name: slot.form for name, slot in rig.state.kasmina.slots.items()}
+    monkeypatch.setattr(Objective, "forward", fail)
+    assert rig.evaluator.signal.measure() == {}
+    (told,) = rig.told("signal_failed")
+    assert "no room" in told["reason"]
+    assert all(slot.form is forms[name] for name, slot in rig.state.kasmina.slots.items())
+
+
+def test_the_forward_cost_is_that_of_host_and_acting_seeds(rig: Rig) -> None:
+    host = 2 * (5 * 8 + 8 * 8 + 8 * 3)
+    assert rig.evaluator.cost.flops() == host
+    rig.grow("early", SeedStage.TRAINING)
+    assert rig.evaluator.cost.flops() == host
+    rig.boundary()
+    with Rig.build(rig.events_path.parent) as other:
+        other.grow("early", SeedStage.BLENDING)
+        assert other.evaluator.cost.flops() == host + 2 * (8 * 2 + 2 * 8)

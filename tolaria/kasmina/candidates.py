@@ -1,0 +1,101 @@
+"""What could grow in a slot: blueprints with what they cost, and the gradient that a new seed of each would get.
+
+At birth a seed's output is zero, so the loss moves with its parameters as ``J_f(h)^T v``: h is what flows through the
+slot, v the gradient of the loss there. One forward and backward pass of the host serves every candidate of every slot.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.config import KasminaConfig
+from tolaria.errors import CommandRefused, TaskError
+from tolaria.kasmina import gates
+from tolaria.kasmina.blueprints import Blueprint, blueprint_names, get_blueprint
+from tolaria.kasmina.flops import count_flops
+from tolaria.kasmina.growth import build_seed
+from tolaria.task import users_code
+
+MAX_CANDIDATES = 8
+"""Candidates of one slot that a policy is told of: with three numbers each, and room for others of the slot."""
+
+Passed = Sequence[tuple[Tensor, Tensor]]
+"""What went through a slot in a pass, call by call: (h, v), the value and the gradient of the loss there."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A blueprint at one shape. ``flops``: of one sample's forward pass."""
+
+    blueprint: str
+    parameters: int
+    flops: int
+
+
+def candidates_for(shape: tuple[int, ...], config: KasminaConfig, *, grown: int) -> list[Candidate]:
+    """The blueprints that GERMINATE would accept at a slot of this per-sample shape, with ``grown`` parameters of
+    seeds in the model; by name, the first `MAX_CANDIDATES`. Those that cannot be built here are left out."""
+    chosen = [name.strip() for name in config.candidates.split(",") if name.strip()] or blueprint_names()
+    found = []
+    for name in chosen:
+        blueprint = get_blueprint(name)
+        if len(shape) not in blueprint.ranks:
+            continue
+        known = _known(blueprint, shape, config.max_seed_parameters, config.signal == "straight_through")
+        if known is not None and gates.g0_sanity(known.parameters, grown, config).ok:
+            found.append(known)
+    return found[:MAX_CANDIDATES]
+
+
+@lru_cache(maxsize=256)
+def _known(blueprint: Blueprint, shape: tuple[int, ...], most: int, silent: bool) -> Candidate | None:
+    parameters = size_of(blueprint, shape)
+    if parameters is not None and parameters > most:
+        return None  # not built to be thrown away: it may be larger than the host
+    try:
+        module = newborn(blueprint.name, shape, run_seed=0, device=torch.device("cpu"), silent=silent)
+    except CommandRefused:
+        return None
+    return Candidate(blueprint.name, sum(p.numel() for p in module.parameters()), forward_flops(module, shape))
+
+
+def size_of(blueprint: Blueprint, shape: tuple[int, ...]) -> int | None:
+    """Number of parameters, without memory for any; None for a blueprint that needs real tensors to be built."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), users_code("a blueprint without storage"):
+            return sum(p.numel() for p in blueprint.build(shape).parameters())
+    except TaskError:
+        return None
+
+
+def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Operations of a seed's forward pass over one sample; the module is on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        return count_flops(lambda: module(torch.zeros(2, *shape))) // 2
+
+
+def newborn(
+    blueprint: str, shape: tuple[int, ...], *, run_seed: int, device: torch.device, silent: bool = False
+) -> nn.Module:
+    """A seed to be measured and thrown away; the same weights at every boundary, so that boundaries compare."""
+    return build_seed(
+        blueprint, "the slot", shape, run_seed=run_seed, command_id=f"signal/{blueprint}", device=device, silent=silent
+    )
+
+
+def birth_gradient(
+    seed: nn.Module, passed: Passed, autocast: Callable[[], AbstractContextManager[object]]
+) -> Tensor:  # fmt: skip
+    """The gradient of a newborn seed's parameters, flat, float32; zero where the loss does not depend on one."""
+    parameters = list(seed.requires_grad_().parameters())
+    total = torch.cat([torch.zeros_like(p, dtype=torch.float32).flatten() for p in parameters])
+    for h, v in passed:
+        with autocast():
+            f: Tensor = seed(h).to(h.dtype)
+        gradients = torch.autograd.grad(f, parameters, grad_outputs=v, materialize_grads=True)
+        total += torch.cat([g.flatten().float() for g in gradients])
+    return total

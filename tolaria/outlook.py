@@ -1,0 +1,165 @@
+"""What a policy chooses by: what growth promises at each free slot, and what the model costs as it is.
+
+    GrowthSignal    per free slot and blueprint: the gradient that a new seed would get, its parameters, its FLOPs
+    ForwardCost     FLOPs of one sample through the present model
+
+Both run eager beside training and leave no trace in parameters, gradients, buffers, random streams or compiled graphs.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tolaria.data import Loader, dataset_size
+from tolaria.dist import World
+from tolaria.errors import TaskError
+from tolaria.kasmina.candidates import Candidate, Passed, birth_gradient, candidates_for, newborn
+from tolaria.kasmina.flops import count_flops
+from tolaria.kasmina.tap import passed_through, tapped
+from tolaria.leyline.types import SeedStage
+from tolaria.objective import Batch, Objective
+from tolaria.replica import Replica, evaluating
+from tolaria.state import TrainState, load_rng_tensors, named_buffers_of, rng_tensors
+from tolaria.task import Task, users_code
+
+NO_POLICY = "none"
+
+Signals = dict[str, dict[str, float]]
+"""Metrics by slot: "signal/<blueprint>", "cost/<blueprint>", "flops/<blueprint>"."""
+
+
+@contextmanager
+def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
+    """Buffers and random generators are afterwards what they were before."""
+    buffers = [(b, b.clone()) for _, b in named_buffers_of(state)]
+    streams = rng_tensors(device)
+    try:
+        yield
+    finally:
+        load_rng_tensors(streams, device)
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+class GrowthSignal:
+    """Measures the free slots at a boundary. Collective: all ranks call `measure` together."""
+
+    def __init__(self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World) -> None:
+        self.task = task
+        self.state = state
+        self.replica = replica
+        self.loader = loader
+        self.world = world
+        tamiyo = replica.config.tamiyo
+        self._asked = bool(tamiyo.endpoint) or tamiyo.policy != NO_POLICY
+        self.milliseconds = 0.0
+
+    def measure(self) -> Signals:
+        """The metrics of every DORMANT slot, equal on every rank; empty when nothing could grow or nobody asks.
+
+        One forward and backward pass over one batch, then the candidates alone. What fails, on any rank, is left out
+        with an event: the run does not need it.
+        """
+        start = perf_counter()
+        metrics: Signals = {}
+        kasmina, config = self.state.kasmina, self.replica.config.kasmina
+        free = [s for s in kasmina.seeds.values() if s.stage == SeedStage.DORMANT]
+        if free and config.measure_signal and self._asked and not self.state.mode.conservative:
+            grown = kasmina.grown_parameters
+            found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, grown=grown))}
+            passed = self._passed(found)
+            for slot, taken in passed.items():
+                metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], taken)}
+        self.milliseconds = (perf_counter() - start) * 1e3
+        return metrics
+
+    def batch(self) -> Batch:
+        """This rank's part of the boundary's batch: samples drawn by run seed and boundary, weighted to their mean."""
+        sampler = self.state.sampler
+        size = dataset_size(self.task.train, "training")
+        generator = torch.Generator().manual_seed((sampler.seed * 1_000_003 + self.state.boundary) % 2**63)
+        count = sampler.batch_size * self.world.world_size
+        indices = torch.randint(size, (count,), generator=generator).tolist()
+        first = self.world.global_rank * sampler.batch_size
+        own = indices[first : first + sampler.batch_size]
+        return next(
+            iter(self.loader.batches(self.task.train, [(own, [1.0 / len(own)] * len(own))], seed=sampler.loader_seed))
+        )
+
+    def _passed(self, found: Mapping[str, list[Candidate]]) -> dict[str, Passed]:
+        """(h, v) of every slot on this rank; nothing on all ranks if the pass failed on one, or finds differ."""
+        passed: dict[str, Passed] = {}
+        digest, reason = bytes(32), "another rank failed, or has other blueprints"
+        try:
+            with no_trace(self.state, self.world.device), users_code("measuring what seeds would get"):
+                batch = self.batch()
+                with tapped(self.state.kasmina.slots, found) as taps:
+                    with self.replica.autocast():
+                        # forward by itself is eager: the taps would be compiled for one pass.
+                        loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
+                    passed = passed_through(loss * self.state.scaler.get_scale(), taps)
+            digest = hashlib.sha256(repr(found).encode()).digest()
+        except TaskError as error:
+            reason = str(error)
+        digests = self.world.peers.gather_digests(digest)
+        if bytes(32) not in digests and len(set(digests)) == 1:
+            return passed
+        self.replica.events.emit("signal_failed", "warning", reason=reason)
+        return {}
+
+    def _signals(self, slot: str, candidates: list[Candidate], passed: Passed) -> dict[str, float]:
+        """The size of each candidate's gradient over the whole batch of all ranks."""
+        shape = self.state.kasmina.seeds[slot].shape
+        gradients = [self._gradient(candidate, shape, passed) for candidate in candidates]
+        whole = torch.cat(gradients)
+        if self.world.data_group is not None:
+            dist.all_reduce(whole, group=self.world.data_group)
+        whole /= self.world.world_size * self.state.scaler.get_scale()
+        sizes = [
+            torch.linalg.vector_norm(part, dtype=torch.float64) for part in whole.split([len(g) for g in gradients])
+        ]
+        # A boundary may read the device.
+        norms = zip(candidates, torch.stack(sizes).tolist(), strict=True)
+        return {f"signal/{candidate.blueprint}": norm for candidate, norm in norms if math.isfinite(norm)}
+
+    def _gradient(self, candidate: Candidate, shape: tuple[int, ...], passed: Passed) -> Tensor:
+        """This rank's gradient; NaN where the blueprint fails on this rank, which leaves it out on all."""
+        device, name = self.world.device, candidate.blueprint
+        with suppress(TaskError), no_trace(self.state, device), users_code(f"blueprint {name!r}"):
+            seed = newborn(name, shape, run_seed=self.state.sampler.seed, device=device)
+            return birth_gradient(seed, passed, self.replica.autocast)
+        return torch.full((candidate.parameters,), math.nan, device=device)
+
+
+class ForwardCost:
+    """Counts the FLOPs of one sample's forward pass, once for every structure. Local; the same on every rank."""
+
+    def __init__(self, task: Task, state: TrainState, loader: Loader) -> None:
+        self.task = task
+        self.state = state
+        self.loader = loader
+        self._known: dict[object, int | None] = {}
+
+    def flops(self) -> int | None:
+        """Of the model in its present structure, as validation runs it; None where it cannot be counted."""
+        key, model = self.state.kasmina.structure(), self.state.objective.model
+        if key not in self._known:
+            self._known[key] = None
+            # Counting runs the model in a mode of torch that not every model's own code can live with.
+            with suppress(TaskError), no_trace(self.state, self.loader.device), users_code("counting FLOPs"):
+                batch = next(iter(self.loader.batches(self.task.validation, [([0, 0], [0.5, 0.5])])))
+                with evaluating(self.state.objective):
+                    self._known[key] = count_flops(lambda: model(batch.inputs)) // 2
+        return self._known[key]
+
+
+def _costs(candidates: list[Candidate]) -> dict[str, float]:
+    costs: Mapping[str, float] = {f"cost/{c.blueprint}": float(c.parameters) for c in candidates}
+    return {**costs, **{f"flops/{c.blueprint}": float(c.flops) for c in candidates}}
