@@ -245,13 +245,13 @@ class HeuristicPolicy(Policy):
         sent = state.training_metrics
         # The loss at which it was germinated is as many boundaries ago as the seed is old.
         before = losses[seed.age_epochs : _settled(s for s in state.seeds if s is not seed)]
-        model, flops = sent.get(worth.FLOPS_PER_SAMPLE, 0.0), seed.metrics.get("flops", 0.0)
-        if len(before) < self.patience or not 0 < flops < model:
+        ratio = worth.cost_ratio(seed, sent)
+        if ratio is None or len(before) < self.patience:
             return 0.0
         found = trend.fit(before[::-1])
         certain = found.fall - trend.t_quantile(self.confidence, found.points - 2) * found.error
         return worth.host_alternative(
-            certain, boundaries=sent.get(BOUNDARIES_LEFT, 0.0), seen=found.points, cost_ratio=flops / (model - flops)
+            certain, boundaries=sent.get(BOUNDARIES_LEFT, 0.0), seen=found.points, cost_ratio=ratio
         )
 
     def _cull_if_stalled(self, seed: SeedState, waited: int) -> Command | None:

@@ -87,11 +87,20 @@ def judge(contribution: float, *, noise: float, needed: float, z: float) -> Verd
     return Verdict.UNDECIDED if contribution + z * noise >= needed else Verdict.COSTS
 
 
+def cost_ratio(seed: SeedState, training_metrics: Mapping[str, float]) -> float | None:
+    """What an active seed costs over what the model without it does: FLOPs, or parameters if no FLOPs were sent."""
+    for own, whole in (("flops", FLOPS_PER_SAMPLE), ("parameters", "parameters")):
+        cost, total = seed.metrics.get(own, 0.0), training_metrics.get(whole, 0.0)
+        if 0 < cost < total:
+            return cost / (total - cost)
+    return None
+
+
 def host_alternative(fall: float, *, boundaries: float, seen: int, cost_ratio: float) -> float:
     """Loss that the host would have shed without the seed, for the FLOPs that the seed takes from now on.
 
     ``fall``: loss per boundary that the host was certain to shed before; ``boundaries``: left in the run;
-    ``cost_ratio``: FLOPs of the seed over those of the model without it. So many FLOPs buy ``boundaries * cost_ratio``
+    ``cost_ratio``: see the function of that name. So many FLOPs buy ``boundaries * cost_ratio``
     more boundaries. A loss falls ever slower: the line is not drawn further than over the ``seen`` boundaries that
     it was fitted to.
     """
