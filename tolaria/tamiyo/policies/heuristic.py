@@ -199,8 +199,8 @@ class HeuristicPolicy(Policy):
     def _in_words(self, found: Trend) -> str:
         per = self.patience / abs(found.level) if found.level else 0.0
         return (
-            f"loss {found.level:.4g} falls {found.fall * per:.1%} +- {found.error * per:.1%} in "
-            f"{self.patience} boundaries, worth {self.min_delta:.1%}"
+            f"loss {found.level:.4g} level: fall {found.fall * per:.1%} +- {found.error * per:.1%} in "
+            f"{self.patience} boundaries, {self.min_delta:.1%} wanted"
         )
 
     # Growing seeds
