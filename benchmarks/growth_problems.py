@@ -61,12 +61,12 @@ def digits_problem(flags: Sequence[str]) -> Problem:
 
 def gpt_problem(flags: Sequence[str]) -> Problem:
     """A byte-level GPT of two layers on the standard library's source."""
-    sizes = ["--task.args.layers", "2", "--task.args.features", "32", "--task.args.heads", "2",
+    sizes = ["--task.args.layers", "2", "--task.args.features", "32", "--task.args.heads", "2", "--task.args.expansion", "1",
              "--task.args.context", "64", "--train.batch_size", "16", "--train.epochs", "1000",
              "--train.max_steps", "1600", "--train.boundary_steps", "40", "--optim.lr", "0.003",
              "--lr.seed_warmup_steps", "20", "--kasmina.blend_steps", "80"]  # fmt: skip
     config = resolve(["--config", str(CONFIGS / "stdlib_gpt.toml"), *COMMON, *sizes, *flags], {})
-    args = {name: int(config.task.args[name]) for name in ("layers", "features", "heads", "context")}
+    args = {name: int(config.task.args[name]) for name in ("layers", "features", "heads", "context", "expansion")}
     train, validation, report = _windows(Path(sysconfig.get_path("stdlib")), args["context"])
 
     def make() -> Task:
