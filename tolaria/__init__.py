@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from tolaria.build import train
     from tolaria.config import Config
     from tolaria.kasmina.blueprints import register_blueprint
+    from tolaria.kasmina.candidates import describe_blueprint
     from tolaria.kasmina.slot import Slot
     from tolaria.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Slot", "Task", "register_blueprint", "train"]
+__all__ = ["Config", "Slot", "Task", "describe_blueprint", "register_blueprint", "train"]
 
 _HOMES = {
     "Config": "tolaria.config",
     "Slot": "tolaria.kasmina.slot",
     "Task": "tolaria.task",
+    "describe_blueprint": "tolaria.kasmina.candidates",
     "register_blueprint": "tolaria.kasmina.blueprints",
     "train": "tolaria.build",
 }

@@ -161,6 +161,8 @@ class KasminaConfig:
     output_ratio: float = doc(2.0, "largest |f| / |h| of a seed (straight_through and gate G3)")
     max_seed_parameters: int = doc(1_000_000, "most parameters of one seed")
     max_grown_parameters: int = doc(10_000_000, "most parameters of all seeds together")
+    max_seed_mb: float = doc(0.0, "most MiB of one seed: parameters, gradients, optimizer state; 0: no limit")
+    max_grown_mb: float = doc(0.0, "most MiB of all seeds together; 0: no limit")
     gradient_window: int = doc(5, "seed gradients that gate G1 wants finite and non-zero in a row")
     max_loss_ratio: float = doc(1.5, "gate G2: validation loss over that before the graft, at most")
     min_contribution: float = doc(0.0, "gate G4: validation loss without the seed minus with it, at least")
@@ -174,7 +176,8 @@ class KasminaConfig:
             require(getattr(self, key) >= 1, f"kasmina.{key}", getattr(self, key), "1 or more")
         for key in ("output_ratio", "max_loss_ratio"):
             require(getattr(self, key) > 0, f"kasmina.{key}", getattr(self, key), "more than 0")
-        require(self.embargo_boundaries >= 0, "kasmina.embargo_boundaries", self.embargo_boundaries, "0 or more")
+        for key in ("embargo_boundaries", "max_seed_mb", "max_grown_mb"):
+            require(getattr(self, key) >= 0, f"kasmina.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,7 @@ class GrowthSignal:
         kasmina, config = self.state.kasmina, self.replica.config.kasmina
         free = [s for s in kasmina.seeds.values() if s.stage == SeedStage.DORMANT]
         if free and config.measure_signal and self._asked and not self.state.mode.conservative:
-            grown = kasmina.grown_parameters
-            found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, grown=grown))}
+            found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, kasmina.room))}
             passed = self._passed(found)
             for slot, taken in passed.items():
                 metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], taken)}

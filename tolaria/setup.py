@@ -14,6 +14,7 @@ from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
 from tolaria.leyline.limits import is_name
 from tolaria.objective import Objective
+from tolaria.optim.footprint import bytes_per_parameter
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
 from tolaria.replica import evaluating
@@ -37,8 +38,11 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     size = dataset_size(task.train, "training")
     objective = Objective(task, slots)
     shapes = _probe(objective, slots, loader, debug=config.train.debug)
-    kasmina = Kasmina(slots, shapes, config.kasmina, config.run.seed, world.device)
     optim = _optimizer_settings(config.optim, task)
+    optimizer = build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device)
+    kasmina = Kasmina(
+        slots, shapes, config.kasmina, config.run.seed, world.device, bytes_per_parameter=bytes_per_parameter(optimizer)
+    )
     sampler = EpochSampler(
         size, seed=config.run.seed, rank=world.global_rank,
         world_size=world.world_size, batch_size=config.train.batch_size, accumulation=config.train.accumulation,
@@ -50,7 +54,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         host_parameters=host_parameters,
         host_buffers=host_buffers,
         kasmina=kasmina,
-        optimizer=build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device),
+        optimizer=optimizer,
         lr=lr,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision.amp == "fp16"),
         sampler=sampler,

@@ -33,6 +33,21 @@ def test_g0_is_there_room(parameters: int, grown: int, ok: bool, word: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("parameters", "grown", "ok", "words"),
+    [
+        (2**16, 0, True, ["fit"]),
+        (2**16 + 1, 0, False, ["kasmina.max_seed_mb=0.5", "0.5000076 MiB", "8 bytes a parameter"]),
+        (2**16, 2**17, True, ["fit"]),
+        (2**16, 2**17 + 1, False, ["kasmina.max_grown_mb=1.5", "1.000008 + 0.5 MiB", "8 bytes a parameter"]),
+    ],
+)
+def test_g0_is_there_memory(parameters: int, grown: int, ok: bool, words: list[str]) -> None:
+    result = gates.g0_sanity(parameters, grown, KasminaConfig(max_seed_mb=0.5, max_grown_mb=1.5), bytes_each=8)
+    assert (result.gate, result.ok) == (SeedGate.G0_SANITY, ok)
+    assert all(word in result.reason for word in words), result.reason
+
+
+@pytest.mark.parametrize(
     ("norms", "ok"),
     [
         ([1.0, 2.0, 3.0], True),

@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from tests.rig import Rig, alone, same_bits, tiny_config, way
-from tolaria.config import KasminaConfig
+from tolaria.config import KasminaConfig, OptimConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
+from tolaria.kasmina import blueprints
+from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.gates import Evidence
 from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.lifecycle import HOLDS_SEED, MOVES
 from tolaria.kasmina.slot import Active, Blend, Frozen, HostOnly, Slot, StraightThrough
 from tolaria.leyline.types import Command, SeedCommand, SeedOp, SeedStage
+from tolaria.optim.footprint import bytes_per_parameter
+from tolaria.optim.rebuild import build_optimizer
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 
@@ -220,6 +224,57 @@ def test_budgets_of_parameters_count_planned_grown_and_new() -> None:
     tight = kasmina(KasminaConfig(max_seed_parameters=size - 1))
     with pytest.raises(CommandRefused, match=f"max_seed_parameters={size - 1}"):
         tight.plan(command(SeedOp.GERMINATE))
+
+
+def test_a_seed_that_no_memory_could_hold_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(shape: tuple[int, ...]) -> nn.Module:
+        return nn.Linear(shape[0], 2**40)
+
+    monkeypatch.setitem(blueprints._BLUEPRINTS, "huge", Blueprint("huge", frozenset({1}), build, ""))
+    huge = with_identity(do.germinate("a", "huge"), "c1", issued_by="test", issued_at_ns=1)
+    with pytest.raises(CommandRefused, match=r"exceed kasmina\.max_seed_parameters=25") as refused:
+        kasmina().plan(huge)
+    assert refused.value.code == "g0_sanity"
+
+
+def test_a_blueprint_that_needs_real_tensors_is_judged_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(shape: tuple[int, ...]) -> nn.Module:
+        return nn.Linear(shape[0], 4, bias=bool(torch.ones(3).sum().item()))  # no number without storage
+
+    monkeypatch.setitem(blueprints._BLUEPRINTS, "real", Blueprint("real", frozenset({1}), build, ""))
+    real = with_identity(do.germinate("a", "real"), "c1", issued_by="test", issued_at_ns=1)
+    assert kasmina().plan(real).module is not None
+    with pytest.raises(CommandRefused, match=r"20 parameters exceed kasmina\.max_seed_parameters=19"):
+        kasmina(KasminaConfig(max_seed_parameters=19)).plan(real)
+
+
+def test_budgets_of_memory_count_planned_grown_and_new(tmp_path: Path) -> None:
+    seed_bytes = 56 * 16  # low_rank over 8 features: itself, its gradient, two moments of AdamW
+    limits = {"max_seed_mb": seed_bytes / 2**20, "max_grown_mb": 2 * seed_bytes / 2**20}
+    with Rig.build(tmp_path, config=tiny_config(**limits)) as rig:
+        rig.train(1)
+        assert rig.state.kasmina.budget.left(56)["budget_mb"] == pytest.approx(seed_bytes / 2**20)
+        measured = rig.evaluator.signal.measure()["early"]
+        assert "cost/low_rank" in measured and "cost/residual_mlp" not in measured
+        outcomes = rig.boundary(do.germinate("early", "residual_mlp"), do.germinate("late", "low_rank")).outcomes
+        assert {o.applied: o.code for o in outcomes} == {False: "g0_sanity", True: "applied"}
+        assert any("kasmina.max_seed_mb=" in o.reason for o in outcomes)
+        rig.train(2)
+        rig.boundary(do.start_training("late"))
+        rig.train(1)
+        held = {n: t.numel() * t.element_size() for n, t in rig.state.tensors().items() if "seed/late/" in n}
+        counters = sum(size for name, size in held.items() if name.endswith("/step"))
+        assert sum(held.values()) - counters + 56 * 4 == seed_bytes  # the gradients are gone after the step
+
+
+@pytest.mark.parametrize(("name", "momentum", "each"), [("adamw", 0.0, 16), ("sgd", 0.9, 12), ("sgd", 0.0, 8),
+                                                        ("rmsprop", 0.0, 12), ("rmsprop", 0.9, 16)])  # fmt: skip
+def test_the_optimizer_tells_what_a_parameter_costs(name: Any, momentum: float, each: int) -> None:
+    config = OptimConfig(name=name, momentum=momentum)
+    parameters = {"w": nn.Parameter(torch.zeros(3))}
+    optimizer = build_optimizer(config, {"host": parameters}, torch.device("cpu"))
+    assert bytes_per_parameter(optimizer) == each
+    assert not optimizer.state
 
 
 def test_a_cull_gives_its_budget_back() -> None:

@@ -235,7 +235,7 @@ class Coordinator:
             "skipped_steps": float(state.skipped_steps),
             "boundaries_left": float(self._facts.boundaries_left()),
             "validation_noise": report.val_noise,
-            "budget_parameters": float(state.kasmina.config.max_grown_parameters - state.kasmina.grown_parameters),
+            **state.kasmina.budget.left(state.kasmina.grown_parameters),
             "flops_per_sample": math.nan if report.flops is None else float(report.flops),
             # A policy that was started again has only what the packet tells.
             **{f"loss_history/{back}": loss for back, loss in enumerate(self._losses, 1)},

@@ -32,13 +32,16 @@ class Blueprint:
 
     ``build`` takes the per-sample shape at the slot and returns a module that maps (batch, *shape) to (batch, *shape)
     for any batch size; it runs on every rank with the random generator in the same state. ``ranks`` are the lengths
-    of the shapes that it accepts.
+    of the shapes that it accepts. For people: ``summary`` (what it computes), ``init`` (what a new one starts from),
+    ``use`` (when to grow it).
     """
 
     name: str
     ranks: frozenset[int]
     build: Build
     summary: str
+    init: str = ""
+    use: str = ""
 
 
 class ChannelScale(nn.Module):
@@ -145,20 +148,46 @@ def _divisor(number: int, largest: int) -> int:
     return next(d for d in range(largest, 0, -1) if number % d == 0)
 
 
-def _built_in(name: str, ranks: Iterable[int], build: Build, summary: str) -> tuple[str, Blueprint]:
-    return name, Blueprint(name, frozenset(ranks), build, summary)
+def _built_in(
+    name: str, ranks: Iterable[int], build: Build, summary: str, init: str, use: str
+) -> tuple[str, Blueprint]:  # fmt: skip
+    return name, Blueprint(name, frozenset(ranks), build, summary, init, use)
 
 
 _BLUEPRINTS: dict[str, Blueprint] = dict([
-    _built_in("identity", (1, 2, 3), ChannelScale, "one learned factor per channel or feature"),
-    _built_in("low_rank", (1, 2, 3), LowRank, "linear map of rank up to 8 over channels or features"),
-    _built_in("residual_mlp", (1, 2), ResidualMLP, "layer norm and perceptron, 4 x as wide inside"),
-    _built_in("conv_residual", (3,), ConvResidual, "two 3x3 convolutions, 32 channels inside or as wide as the host"),
-    _built_in("bottleneck_attention", (2, 3), BottleneckAttention, "self-attention in a quarter of the features"),
+    _built_in(
+        "identity", (1, 2, 3), ChannelScale, "one learned factor per channel or feature", "all factors 0",
+        "almost for nothing: lets a run turn single channels up or down",
+    ),
+    _built_in(
+        "low_rank", (1, 2, 3), LowRank, "layer norm and a linear map of rank up to 8 over channels or features",
+        "down: torch's default, up: 0", "few parameters: mixes features that the host keeps apart",
+    ),
+    _built_in(
+        "residual_mlp", (1, 2), ResidualMLP, "layer norm and a two-layer perceptron, 4 x as wide inside",
+        "up: torch's default, down: 0", "the usual choice for vectors and tokens: capacity at each token",
+    ),
+    _built_in(
+        "conv_residual", (3,), ConvResidual, "two 3x3 convolutions, 32 channels inside or as wide as the host",
+        "widen: torch's default, narrow: 0", "the usual choice for images: capacity where features are local",
+    ),
+    _built_in(
+        "bottleneck_attention", (2, 3), BottleneckAttention, "layer norm and self-attention in a quarter of the "
+        "features, causal over tokens", "query, key and value: torch's default, out: 0",
+        "when places far apart must see each other and the host has no attention there",
+    ),
 ])  # fmt: skip
 
 
-def register_blueprint(name: str, build: Build, *, ranks: Iterable[int] = (1, 2, 3), summary: str = "") -> None:
+def register_blueprint(
+    name: str,
+    build: Build,
+    *,
+    ranks: Iterable[int] = (1, 2, 3),
+    summary: str = "",
+    init: str = "",
+    use: str = "",
+) -> None:
     """Make a blueprint known under ``name``; call it on every rank, before training starts (in the task's function).
 
     Local. See `Blueprint` for what ``build`` must do; start its last layer at zero, so that a new seed disturbs
@@ -173,7 +202,7 @@ def register_blueprint(name: str, build: Build, *, ranks: Iterable[int] = (1, 2,
     known = _BLUEPRINTS.get(name)
     if known is not None and known.build is not build:
         raise ValueError(f"blueprint {name!r} is registered already, with another function; choose another name")
-    _BLUEPRINTS[name] = Blueprint(name, accepted, build, summary)
+    _BLUEPRINTS[name] = Blueprint(name, accepted, build, summary, init, use)
 
 
 def get_blueprint(name: str) -> Blueprint:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
-from tolaria.errors import CommandRefused, TaskError
-from tolaria.kasmina import gates
+from tolaria.errors import CommandRefused
 from tolaria.kasmina.blueprints import Blueprint, blueprint_names, get_blueprint
 from tolaria.kasmina.flops import count_flops
-from tolaria.kasmina.growth import build_seed
-from tolaria.task import users_code
+from tolaria.kasmina.gates import GateResult
+from tolaria.kasmina.growth import build_seed, size_of
 
 MAX_CANDIDATES = 8
 """Candidates of one slot that a policy is told of: with three numbers each, and room for others of the slot."""
@@ -36,9 +35,37 @@ class Candidate:
     flops: int
 
 
-def candidates_for(shape: tuple[int, ...], config: KasminaConfig, *, grown: int) -> list[Candidate]:
-    """The blueprints that GERMINATE would accept at a slot of this per-sample shape, with ``grown`` parameters of
-    seeds in the model; by name, the first `MAX_CANDIDATES`. Those that cannot be built here are left out."""
+@dataclass(frozen=True)
+class Description:
+    """What a blueprint is and costs in a slot of one shape. ``flops``: see `Candidate`; the texts: see `Blueprint`."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    flops: int
+    summary: str
+    init: str
+    use: str
+
+
+def describe_blueprint(name: str, shape: Sequence[int]) -> Description:
+    """A blueprint in a slot of per-sample ``shape``: it is built once, and thrown away.
+
+    Local. Raises CommandRefused, as GERMINATE would, for an unknown name, or a shape that it does not take.
+    """
+    blueprint, shape = get_blueprint(name), tuple(shape)
+    module = newborn(name, shape, run_seed=0, device=torch.device("cpu"))
+    parameters = sum(p.numel() for p in module.parameters())
+    return Description(
+        name, shape, parameters, forward_flops(module, shape), blueprint.summary, blueprint.init, blueprint.use
+    )
+
+
+def candidates_for(
+    shape: tuple[int, ...], config: KasminaConfig, room: Callable[[int], GateResult]
+) -> list[Candidate]:  # fmt: skip
+    """The blueprints that GERMINATE would accept at a slot of this per-sample shape; by name, the first
+    `MAX_CANDIDATES`. ``room``: the word of gate G0 on so many parameters. What cannot be built is left out."""
     chosen = [name.strip() for name in config.candidates.split(",") if name.strip()] or blueprint_names()
     found = []
     for name in chosen:
@@ -46,14 +73,14 @@ def candidates_for(shape: tuple[int, ...], config: KasminaConfig, *, grown: int)
         if len(shape) not in blueprint.ranks:
             continue
         known = _known(blueprint, shape, config.max_seed_parameters, config.signal == "straight_through")
-        if known is not None and gates.g0_sanity(known.parameters, grown, config).ok:
+        if known is not None and room(known.parameters).ok:
             found.append(known)
     return found[:MAX_CANDIDATES]
 
 
 @lru_cache(maxsize=256)
 def _known(blueprint: Blueprint, shape: tuple[int, ...], most: int, silent: bool) -> Candidate | None:
-    parameters = size_of(blueprint, shape)
+    parameters = size_of(blueprint.name, shape)
     if parameters is not None and parameters > most:
         return None  # not built to be thrown away: it may be larger than the host
     try:
@@ -61,15 +88,6 @@ def _known(blueprint: Blueprint, shape: tuple[int, ...], most: int, silent: bool
     except CommandRefused:
         return None
     return Candidate(blueprint.name, sum(p.numel() for p in module.parameters()), forward_flops(module, shape))
-
-
-def size_of(blueprint: Blueprint, shape: tuple[int, ...]) -> int | None:
-    """Number of parameters, without memory for any; None for a blueprint that needs real tensors to be built."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), users_code("a blueprint without storage"):
-            return sum(p.numel() for p in blueprint.build(shape).parameters())
-    except TaskError:
-        return None
 
 
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> int:

@@ -43,17 +43,26 @@ class Evidence:
         return self.loss_without - self.loss_with
 
 
-def g0_sanity(parameters: int, grown: int, config: KasminaConfig) -> GateResult:
-    """Is there room for ``parameters`` more, with ``grown`` parameters of seeds in the model already?"""
+def g0_sanity(parameters: int, grown: int, config: KasminaConfig, *, bytes_each: int = 16) -> GateResult:
+    """Is there room for ``parameters`` more, with ``grown`` parameters of seeds in the model already?
+
+    ``bytes_each``: device memory of one trained parameter, with its gradient and optimizer state. Snapshots are not
+    counted: they lie in host memory, under a limit of their own.
+    """
     gate = SeedGate.G0_SANITY
     if parameters == 0:
         return GateResult(gate, False, "the blueprint has no parameters")
-    if parameters > config.max_seed_parameters:
-        limit = config.max_seed_parameters
-        return GateResult(gate, False, f"{parameters} parameters exceed kasmina.max_seed_parameters={limit}")
-    if grown + parameters > config.max_grown_parameters:
-        limit = config.max_grown_parameters
-        return GateResult(gate, False, f"{grown} + {parameters} parameters exceed kasmina.max_grown_parameters={limit}")
+    each = f" ({bytes_each} bytes a parameter, with gradient and optimizer state)"
+    limits = (
+        ("max_seed_parameters", config.max_seed_parameters, 0, 1.0, "parameters", ""),
+        ("max_grown_parameters", config.max_grown_parameters, grown, 1.0, "parameters", ""),
+        ("max_seed_mb", config.max_seed_mb or math.inf, 0, bytes_each / 2**20, "MiB", each),
+        ("max_grown_mb", config.max_grown_mb or math.inf, grown, bytes_each / 2**20, "MiB", each),
+    )
+    for key, limit, held, unit, name, note in limits:
+        if (held + parameters) * unit > limit:
+            need = f"{held * unit:.7g} + {parameters * unit:.7g}" if held else f"{parameters * unit:.7g}"
+            return GateResult(gate, False, f"{need} {name} exceed kasmina.{key}={limit:.7g}{note}")
     return GateResult(gate, True, f"{parameters} parameters fit")
 
 

@@ -1,12 +1,13 @@
 """How a seed is made, judged, and which form a stage gives it: functions of blueprint, slot and configuration."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from tolaria.config import KasminaConfig
-from tolaria.errors import CommandRefused
+from tolaria.errors import CommandRefused, TaskError
 from tolaria.kasmina import gates
 from tolaria.kasmina.blueprints import get_blueprint
 from tolaria.kasmina.gates import GateResult
@@ -14,6 +15,7 @@ from tolaria.kasmina.lifecycle import HOLDS_SEED, Move
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Active, Blend, Frozen, StraightThrough
 from tolaria.leyline.types import SeedCommand, SeedGate, SeedOp, SeedStage
+from tolaria.task import users_code
 
 GRAFT_PARAMETERS = ("blend_steps",)
 
@@ -62,6 +64,17 @@ def build_seed(
     return module
 
 
+def size_of(blueprint_id: str, shape: tuple[int, ...]) -> int | None:
+    """Parameters of a blueprint's seed, found without memory for any; None if it needs real tensors to be built, or
+    cannot be. Raises CommandRefused for an unknown name."""
+    build = get_blueprint(blueprint_id).build
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), users_code("a blueprint without storage"):
+            return sum(p.numel() for p in build(shape).parameters())
+    except TaskError:
+        return None
+
+
 def form_for(seed: Seed, config: KasminaConfig) -> nn.Module | None:
     """The form that a seed's stage gives its slot; None where the host is alone."""
     if seed.module is None or seed.stage not in HOLDS_SEED:
@@ -85,23 +98,16 @@ def learns(seed: Seed, config: KasminaConfig) -> bool:
 
 
 def judge(
-    found: Move,
-    seed: Seed,
-    config: KasminaConfig,
-    *,
-    module: nn.Module | None,
-    grown: int,
-    norms: list[float],
+    found: Move, seed: Seed, config: KasminaConfig, *, room: GateResult | None, norms: list[float]
 ) -> GateResult | None:
     """The word of the gate before a move; None where there is no gate.
 
-    ``module``: what GERMINATE would plant. ``grown``: parameters of all seeds, planned ones included. ``norms``: newest
-    gradient norms of the host before TRAINING, else of the seed.
+    ``room``: G0's, on what GERMINATE would plant. ``norms``: newest gradient norms of the host before TRAINING, else
+    of the seed.
     """
-    count = sum(p.numel() for p in module.parameters()) if module is not None else 0
     whose = "the host" if found.to == SeedStage.TRAINING else "the seed"
-    words = {
-        SeedGate.G0_SANITY: lambda: gates.g0_sanity(count, grown, config),
+    words: dict[SeedGate, Callable[[], GateResult | None]] = {
+        SeedGate.G0_SANITY: lambda: room,
         SeedGate.G1_GRADIENT_HEALTH: lambda: gates.g1_gradient_health(norms, config.gradient_window, whose),
         SeedGate.G2_STABILITY: lambda: gates.g2_stability(seed.alpha_value, seed.evidence, config),
         SeedGate.G3_INTERFACE: lambda: gates.g3_interface(seed.evidence, config),

@@ -12,9 +12,10 @@ from torch import nn
 from tolaria.config import KasminaConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.kasmina import gates
+from tolaria.kasmina.budget import Budget
 from tolaria.kasmina.gates import Evidence, GateResult
-from tolaria.kasmina.growth import build_seed, check_operation, form_for, judge, learns
-from tolaria.kasmina.lifecycle import Move, after_boundary, move
+from tolaria.kasmina.growth import build_seed, check_operation, form_for, judge, learns, size_of
+from tolaria.kasmina.lifecycle import FORWARD, Move, after_boundary, move
 from tolaria.kasmina.seed import NormRing, Seed
 from tolaria.kasmina.slot import Gauge, HostOnly, Slot
 from tolaria.kasmina.view import seed_state
@@ -42,8 +43,11 @@ class Kasmina:
         config: KasminaConfig,
         run_seed: int,
         device: torch.device,
+        *,
+        bytes_per_parameter: int = 16,
     ) -> None:
         self.slots = dict(slots)
+        self.budget = Budget(config, bytes_per_parameter)
         self.config = config
         self.device = device
         self._run_seed = run_seed
@@ -63,6 +67,10 @@ class Kasmina:
     def grown_parameters(self) -> int:
         """Parameters of all seeds together."""
         return sum(seed.parameter_count for seed in self.seeds.values())
+
+    def room(self, parameters: int, already_planned: int = 0) -> GateResult:
+        """Gate G0's word on a seed of so many parameters, beside those that are there and those that are planned."""
+        return self.budget.check(parameters, self.grown_parameters + already_planned)
 
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters of every seed by group name, for the optimizer."""
@@ -97,14 +105,17 @@ class Kasmina:
             raise CommandRefused("unknown_seed", f"no slot {command.target_seed_id!r}; slots: {known}")
         found = move(seed.stage, payload.operation)
         check_operation(payload, seed)
-        module = None
+        module, room = None, None
         if payload.operation == SeedOp.GERMINATE:
+            # Without memory for what is too large to be built.
+            size = size_of(payload.blueprint_id, seed.shape)
+            _require(self.room(size, already_planned) if size is not None else None)
             # A straight-through seed runs between the host's layers, and its random numbers would be among theirs.
             silent = self.config.signal == "straight_through"
             module = self._build(seed, payload.blueprint_id, command.command_id, silent=silent)
-        result = self._judge(found, seed, module, already_planned)
-        if result is not None and not result.ok:
-            raise CommandRefused(result.gate.name.lower(), f"gate {result.gate.name}: {result.reason}")
+            room = self.room(sum(p.numel() for p in module.parameters()), already_planned)
+        result = self._judge(found, seed, room)
+        _require(result)
         return PlannedMove(command, payload, found, result, module)
 
     def apply(self, planned: PlannedMove) -> None:
@@ -190,15 +201,8 @@ class Kasmina:
 
     def next_gate(self, seed: Seed) -> GateResult | None:
         """The gate on the seed's way forward, evaluated now; None where there is none."""
-        forward = {
-            SeedStage.GERMINATED: SeedOp.START_TRAINING,
-            SeedStage.TRAINING: SeedOp.START_GRAFTING,
-            SeedStage.BLENDING: SeedOp.STABILIZE,
-            SeedStage.SHADOWING: SeedOp.EVALUATE,
-            SeedStage.PROBATIONARY: SeedOp.FOSSILIZE,
-        }
-        operation = forward.get(seed.stage)
-        return self._judge(move(seed.stage, operation), seed, None, 0) if operation is not None else None
+        operation = FORWARD.get(seed.stage)
+        return self._judge(move(seed.stage, operation), seed) if operation is not None else None
 
     def seed_states(self, learning_rate: Callable[[str], float]) -> tuple[SeedState, ...]:
         """Every slot as the policy sees it."""
@@ -278,6 +282,11 @@ class Kasmina:
             silent=silent,
         )  # fmt: skip
 
-    def _judge(self, found: Move, seed: Seed, module: nn.Module | None, planned: int) -> GateResult | None:
+    def _judge(self, found: Move, seed: Seed, room: GateResult | None = None) -> GateResult | None:
         norms = self.host_norms.read() if found.to == SeedStage.TRAINING else seed.evidence.gradient_norms
-        return judge(found, seed, self.config, module=module, grown=self.grown_parameters + planned, norms=norms)
+        return judge(found, seed, self.config, room=room, norms=norms)
+
+
+def _require(result: GateResult | None) -> None:
+    if result is not None and not result.ok:
+        raise CommandRefused(result.gate.name.lower(), f"gate {result.gate.name}: {result.reason}")

@@ -40,6 +40,15 @@ MOVES: dict[tuple[SeedStage, SeedOp], Move] = {
     **{(stage, Op.CULL): Move(S.CULLED, None) for stage in _CULLABLE},
 }
 
+FORWARD: dict[SeedStage, SeedOp] = {
+    S.GERMINATED: Op.START_TRAINING,
+    S.TRAINING: Op.START_GRAFTING,
+    S.BLENDING: Op.STABILIZE,
+    S.SHADOWING: Op.EVALUATE,
+    S.PROBATIONARY: Op.FOSSILIZE,
+}
+"""The operation that leads a seed on to the next stage."""
+
 GRADIENT_WEIGHT: dict[SeedStage, float] = {S.GERMINATED: 0.01, S.TRAINING: 0.1, S.SHADOWING: 0.5}
 """Share of a seed in the multi-seed aggregation, by stage; BLENDING weighs alpha, a fine-tuned PROBATIONARY 1."""
 
