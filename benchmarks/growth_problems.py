@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "launch" / "configs"
 REPORT_IMAGES = 447
 TRAIN, POLICY, REPORT = 0, 1, 2
 """Parts of the standard library's files: their number modulo ten is 0 for the policy, 5 for the report."""
-MAX_WINDOWS = (1_000_000, 512, 1024)
+MAX_WINDOWS = (1_000_000, 512, 512)
 COMMON = ("--compile.enabled", "false", "--precision.amp", "off", "--dist.device", "cpu", "--dist.threads", "1",
           "--log.progress", "off", "--checkpoint.every", "0")  # fmt: skip
 
@@ -61,10 +61,12 @@ def digits_problem(flags: Sequence[str]) -> Problem:
 
 def gpt_problem(flags: Sequence[str]) -> Problem:
     """A byte-level GPT of two layers on the standard library's source."""
-    sizes = ["--task.args.layers", "2", "--task.args.features", "32", "--task.args.heads", "2", "--task.args.expansion", "1",
-             "--task.args.context", "64", "--train.batch_size", "16", "--train.epochs", "1000",
-             "--train.max_steps", "1600", "--train.boundary_steps", "40", "--optim.lr", "0.003",
-             "--lr.seed_warmup_steps", "20", "--kasmina.blend_steps", "80"]  # fmt: skip
+    sizes = ["--task.args.layers", "2", "--task.args.features", "8", "--task.args.heads", "1",
+             "--task.args.expansion", "1", "--task.args.context", "64", "--train.batch_size", "32",
+             "--train.epochs", "1000", "--train.max_steps", "1200", "--train.boundary_steps", "30",
+             "--optim.lr", "0.01", "--lr.warmup_steps", "50", "--lr.seed_warmup_steps", "20",
+             "--kasmina.blend_steps", "60", "--tamiyo.args.patience", "5", "--tamiyo.args.min_delta", "0.03",
+             "--tamiyo.args.train_boundaries", "1", "--tamiyo.args.seeds_at_once", "2"]  # fmt: skip
     config = resolve(["--config", str(CONFIGS / "stdlib_gpt.toml"), *COMMON, *sizes, *flags], {})
     args = {name: int(config.task.args[name]) for name in ("layers", "features", "heads", "context", "expansion")}
     train, validation, report = _windows(Path(sysconfig.get_path("stdlib")), args["context"])

@@ -323,8 +323,8 @@ def test_an_undecided_seed_is_fine_tuned_and_then_judged_for_good() -> None:
 
 
 def test_a_seed_must_bring_what_its_flops_would_have_brought_the_host() -> None:
-    """The host shed 0.01 a boundary before. The seed costs half as much as the host, 12 boundaries are left: 6 more of
-    the host would have brought 0.06."""
+    """The host shed 0.01 a boundary around boundary 15.5, of 32. The seed costs half as much as the host and 12
+    boundaries are left: for 6 more at the end the host would have shed 0.01 * 15.5 * log(1 + 6 / 32) = 0.02664."""
     before = [1.0 + 0.01 * back for back in range(10)]  # newest first, the first one at germination
     history = [0.9, 0.9, *before]
 
@@ -334,20 +334,25 @@ def test_a_seed_must_bring_what_its_flops_would_have_brought_the_host() -> None:
         packet = state(20, 0.9, (seed,), seen, boundaries_left=12.0, flops_per_sample=1500.0)
         return heuristic(**settings).decide(packet, ())
 
-    assert operations(decide(0.0601)) == [(SeedOp.FOSSILIZE, "a")]
-    [culled] = decide(0.0599)
+    assert operations(decide(0.0267)) == [(SeedOp.FOSSILIZE, "a")]
+    [culled] = decide(0.0266)
     assert operations([culled]) == [(SeedOp.CULL, "a")]
-    assert culled.reason == "contribution +0.0599 +- 0, needed 0.06 (what its FLOPs would give the host)"
-    assert operations(decide(0.031, host_share=0.5)) == [(SeedOp.FOSSILIZE, "a")]
+    assert culled.reason == "contribution +0.0266 +- 0, needed 0.02664 (what its FLOPs would give the host)"
+    assert operations(decide(0.0134, host_share=0.5)) == [(SeedOp.FOSSILIZE, "a")]
+    assert operations(decide(0.0133, host_share=0.5)) == [(SeedOp.CULL, "a")]
     assert operations(decide(0.001, host_share=0.0)) == [(SeedOp.FOSSILIZE, "a")]
     assert operations(decide(0.001, [0.9, 0.9, *[1.0] * 10])) == [(SeedOp.FOSSILIZE, "a")]
     assert operations(decide(0.001, history[:4])) == [(SeedOp.FOSSILIZE, "a")]  # too little is known of the host
 
 
-def test_the_hosts_fall_is_not_drawn_on_beyond_what_was_seen() -> None:
-    assert values.host_alternative(0.01, boundaries=10, seen=8, cost_ratio=0.5) == pytest.approx(0.05)
-    assert values.host_alternative(0.01, boundaries=1000, seen=8, cost_ratio=10) == pytest.approx(0.08)
-    assert values.host_alternative(-0.01, boundaries=10, seen=8, cost_ratio=0.5) == 0.0
+def test_more_training_is_worth_what_a_loss_that_falls_with_the_logarithm_of_time_says() -> None:
+    def loss(t: float) -> float:
+        return 3 - 0.2 * math.log(t)
+
+    bought = values.host_alternative(0.2 / 15, at=15, end=40, left=20, ratio=0.3)
+    assert bought == pytest.approx(loss(40) - loss(46))
+    assert values.host_alternative(-0.01, at=15, end=40, left=20, ratio=0.3) == 0.0
+    assert values.host_alternative(0.01, at=15, end=0, left=0, ratio=0.3) == 0.0
 
 
 @pytest.mark.parametrize(

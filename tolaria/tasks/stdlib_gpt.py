@@ -143,7 +143,10 @@ def make_task(
     max_train_bytes: int = 2_000_000,
     max_validation_bytes: int = 200_000,
 ) -> Task:
-    """The task; ``expansion``: width of the perceptrons inside, in ``features``. Slots: middle (after the block in the middle) and last (after the last block)."""
+    """The task. Slots: middle (after the block in the middle) and last (after the last block).
+
+    ``expansion``: inner width of each block's perceptron, in ``features``.
+    """
     if layers < 2 or context < 1:
         raise TaskError(f"task.args.layers={layers}, context={context}: expected 2 or more layers, 1 or more bytes")
     if expansion < 1:

@@ -244,15 +244,15 @@ class HeuristicPolicy(Policy):
         """What the host would shed for the seed's FLOPs, by its trend before the seed was germinated."""
         sent = state.training_metrics
         # The loss at which it was germinated is as many boundaries ago as the seed is old.
-        before = losses[seed.age_epochs : _settled(s for s in state.seeds if s is not seed)]
+        before = losses[seed.age_epochs : _settled(s for s in state.seeds if s is not seed)][: self.patience]
         ratio = worth.cost_ratio(seed, sent)
         if ratio is None or len(before) < self.patience:
             return 0.0
         found = trend.fit(before[::-1])
         certain = found.fall - trend.t_quantile(self.confidence, found.points - 2) * found.error
-        return worth.host_alternative(
-            certain, boundaries=sent.get(BOUNDARIES_LEFT, 0.0), seen=found.points, cost_ratio=ratio
-        )
+        now, left = boundary_of(state), sent.get(BOUNDARIES_LEFT, 0.0)
+        middle = now - seed.age_epochs - (self.patience - 1) / 2
+        return worth.host_alternative(certain, at=max(0.0, middle), end=now + left, left=left, ratio=ratio)
 
     def _cull_if_stalled(self, seed: SeedState, waited: int) -> Command | None:
         allowed = self.stall_boundaries + (self.train_boundaries if seed.stage == SeedStage.TRAINING else 0)

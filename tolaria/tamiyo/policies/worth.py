@@ -96,12 +96,14 @@ def cost_ratio(seed: SeedState, training_metrics: Mapping[str, float]) -> float 
     return None
 
 
-def host_alternative(fall: float, *, boundaries: float, seen: int, cost_ratio: float) -> float:
-    """Loss that the host would have shed without the seed, for the FLOPs that the seed takes from now on.
+def host_alternative(fall: float, *, at: float, end: float, left: float, ratio: float) -> float:
+    """Loss that the host would shed without the seed, for the FLOPs that the seed takes to the end of the run.
 
-    ``fall``: loss per boundary that the host was certain to shed before; ``boundaries``: left in the run;
-    ``cost_ratio``: see the function of that name. So many FLOPs buy ``boundaries * cost_ratio``
-    more boundaries. A loss falls ever slower: the line is not drawn further than over the ``seen`` boundaries that
-    it was fitted to.
+    ``fall``: loss per boundary that the host was certain to shed around boundary ``at``; ``end``: the last boundary;
+    ``left``: boundaries until then; ``ratio``: see `cost_ratio`. The FLOPs buy ``left * ratio`` boundaries beyond the
+    end. A loss falls ever slower, roughly with the logarithm of time (a power law with a small exponent, as in Kaplan
+    et al. 2020, arXiv 2001.08361), so what one boundary sheds goes with 1 / time:
+
+        integral of fall * at / t from end to end + left * ratio = fall * at * log(1 + left * ratio / end)
     """
-    return max(0.0, fall) * min(boundaries * cost_ratio, seen)
+    return max(0.0, fall) * at * math.log1p(left * ratio / end) if end > 0 else 0.0
