@@ -166,6 +166,7 @@ class KasminaConfig:
     gradient_window: int = doc(5, "seed gradients that gate G1 wants finite and non-zero in a row")
     max_loss_ratio: float = doc(1.5, "gate G2: validation loss over that before the graft, at most")
     min_contribution: float = doc(0.0, "gate G4: validation loss without the seed minus with it, at least")
+    min_certainty: float = doc(0.0, "gate G4: and above that by so many standard errors, at least")
     embargo_boundaries: int = doc(2, "boundaries that a culled slot stays closed")
     freeze_fossilized: bool = doc(False, "freeze the parameters of a FOSSILIZED seed")
     measure_signal: bool = doc(True, "measure at each boundary what gradient a seed would get in each free slot")
@@ -176,7 +177,7 @@ class KasminaConfig:
             require(getattr(self, key) >= 1, f"kasmina.{key}", getattr(self, key), "1 or more")
         for key in ("output_ratio", "max_loss_ratio"):
             require(getattr(self, key) > 0, f"kasmina.{key}", getattr(self, key), "more than 0")
-        for key in ("embargo_boundaries", "max_seed_mb", "max_grown_mb"):
+        for key in ("embargo_boundaries", "min_certainty", "max_seed_mb", "max_grown_mb"):
             require(getattr(self, key) >= 0, f"kasmina.{key}", getattr(self, key), "0 or more")
 
 

@@ -73,7 +73,7 @@ def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests:
         before_growth=record.before_growth,
         parameters_start=record.parameters_start,
         parameters_end=state.parameter_count,
-        seeds=record.seeds(),
+        seeds=record.lives.records(),
         commands=list(parts.coordinator.ledger.records.values()),
         incidents=parts.comeback.incidents,
         boundaries=state.boundary,

@@ -205,7 +205,7 @@ class Trainer:
         parts, state = self.parts, self.state
         parts.events.step = state.step
         self._samples.add(state.sampler.group_size)
-        self._pace.add(result.alone_until - self._asked)
+        self._pace.add(result.alone_until - self._asked, time.perf_counter() - self._asked)
         if result.taken:
             self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
@@ -240,7 +240,7 @@ class Trainer:
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         start = time.perf_counter()
-        report = parts.evaluator.measure(self.meters, self._pace.take())
+        report = parts.evaluator.measure(self.meters, *self._pace.take())
         measure_ms = (time.perf_counter() - start) * 1e3
         self.meters.reset()
         incident = parts.guard.boundary(report)

@@ -8,6 +8,7 @@ not contain what is common to both passes. Everything travels in one packed floa
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -32,13 +33,28 @@ PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 
 
 @dataclass(frozen=True)
+class Worth:
+    """What one seed was found to be worth. ``noise``: the standard error of ``contribution``; NaN is unknown.
+
+    ``pass_ms``: milliseconds of a rank's validation with the seed and, right after it, without; the mean over ranks,
+    data included; CPU time on the CPU, wall time on a GPU. None while the seed is only probed.
+    """
+
+    contribution: float
+    noise: float
+    pass_ms: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
-    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones,
-    ``own_ms`` each rank's own milliseconds in a step. ``val_noise``: the standard error of ``val_loss``, as of a sample
-    of all data. ``signals``: what growth promises at each free slot. ``flops``: of one sample's forward pass, None if
-    unknown. ``signal_ms``: milliseconds that measuring the signals took on this rank.
+    ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
+    ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
+    ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``worth``: what seeds were
+    found to be worth at this boundary, by slot. ``signals``: what growth promises at each free
+    slot. ``flops``: of one sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the
+    signals took on this rank.
     """
 
     train_loss: float
@@ -47,9 +63,20 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
     own_ms: Sequence[float] = ()
     val_noise: float = math.nan
+    step_ms: float = 0.0
+    worth: Mapping[str, Worth] = field(default_factory=dict)
     signals: Signals = field(default_factory=dict)
     flops: int | None = None
     signal_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Sums of all values over this rank's samples, the loss of each of them (float64), and the time it took."""
+
+    sums: dict[str, Tensor]
+    losses: Tensor
+    milliseconds: float
 
 
 class Evaluator:
@@ -77,32 +104,36 @@ class Evaluator:
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
 
-    def measure(self, train: Meters, own_ms: float = 0.0) -> Report:
+    def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step,
+        ``step_ms``: that of the whole step.
         Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
-        sums, losses = self._pass(self._plan)
-        local.update({f"val/{name}": value for name, value in sums.items()})
-        local["squares"] = losses.square().sum()
+        local["step_ms"] = torch.tensor(step_ms)
+        whole = self._pass(self._plan)
+        local.update({f"val/{name}": value for name, value in whole.sums.items()})
+        local |= {"squares": whole.losses.square().sum(), "pass_ms": torch.tensor(whole.milliseconds)}
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
-                local.update(self._probe(seed, losses))
+                local.update(self._probe(seed, whole.losses))
         packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
         values = dict(zip(local, packed.tolist(), strict=True))
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
-        signals = self.signal.measure()
-        return replace(report, signals=signals, signal_ms=self.signal.milliseconds, flops=self.cost.flops())
+        report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
+        return replace(report, signal_ms=self.signal.milliseconds)
 
-    def _pass(self, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums of all values over this rank's samples, and the loss of each, float64."""
-        objective = self.state.objective
+    def _pass(self, plan: Plan) -> _Pass:
+        cuda, objective = self.world.device.type == "cuda", self.state.objective
+        # On the CPU the time of this process alone: other programs would be in any other.
+        clock = perf_counter if cuda else process_time
+        start = clock()
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         with evaluating(objective):
@@ -114,13 +145,16 @@ class Evaluator:
                 losses.append(values["loss"])
                 for name, value in values.items():
                     totals[name] = totals[name] + value.sum() if name in totals else value.sum()
-        return totals, torch.cat(losses)
+        if cuda:
+            torch.cuda.synchronize(self.world.device)  # the time is that of the device
+        return _Pass(totals, torch.cat(losses), (clock() - start) * 1e3)
 
     def _probe(self, seed: Seed, losses: Tensor) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
-            sums, probed = self._pass(self._plan)
+            probed = self._pass(self._plan)
         key = f"probe/{seed.slot}"
-        found = {f"{key}/loss": sums["loss"], f"{key}/squares": (probed - losses).square().sum()}
+        found = {f"{key}/loss": probed.sums["loss"], f"{key}/squares": (probed.losses - losses).square().sum()}
+        found[f"{key}/pass_ms"] = torch.tensor(probed.milliseconds)
         if isinstance(gauge, Gauge):
             names = (f"{key}/host_squares", f"{key}/seed_squares", f"{key}/non_finite")
             found.update(dict(zip(names, gauge.totals, strict=True)))
@@ -133,7 +167,20 @@ class Evaluator:
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
         own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
-        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise)
+        return Report(train_loss, means.pop("loss"), means.pop("accuracy"), means, own_ms, noise,
+                      step_ms=values["step_ms"] / self.world.world_size)  # fmt: skip
+
+    def _worth(self, values: Mapping[str, float]) -> dict[str, Worth]:
+        found = {}
+        for seed in self.state.kasmina.seeds.values():
+            if seed.stage in PROBED:
+                # A seed that is probed is measured at it, and that takes time of its own.
+                probation = seed.stage == SeedStage.PROBATIONARY
+                ranks = self.world.world_size
+                times = values["pass_ms"] / ranks, values[f"probe/{seed.slot}/pass_ms"] / ranks
+                own = times if probation else None
+                found[seed.slot] = Worth(seed.evidence.contribution, seed.evidence.contribution_noise, own)
+        return found
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:
         self.state.kasmina.read_norms()

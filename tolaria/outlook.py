@@ -8,7 +8,7 @@ Both run eager beside training and leave no trace in parameters, gradients, buff
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from time import perf_counter
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError
-from tolaria.kasmina.candidates import Candidate, Passed, birth_gradient, candidates_for, newborn
+from tolaria.kasmina.candidates import Candidate, Passed, birth_gradient, candidates_for, chosen_names, newborn
 from tolaria.kasmina.flops import count_flops
 from tolaria.kasmina.tap import passed_through, tapped
 from tolaria.leyline.types import SeedStage
@@ -49,7 +49,10 @@ def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
 
 
 class GrowthSignal:
-    """Measures the free slots at a boundary. Collective: all ranks call `measure` together."""
+    """Measures the free slots at a boundary. Collective: all ranks call `measure` together.
+
+    Raises ConfigError when ``kasmina.candidates`` names what is no blueprint.
+    """
 
     def __init__(self, task: Task, state: TrainState, replica: Replica, loader: Loader, world: World) -> None:
         self.task = task
@@ -57,6 +60,7 @@ class GrowthSignal:
         self.replica = replica
         self.loader = loader
         self.world = world
+        chosen_names(replica.config.kasmina)  # a wrong name is told before training starts
         tamiyo = replica.config.tamiyo
         self._asked = bool(tamiyo.endpoint) or tamiyo.policy != NO_POLICY
         self.milliseconds = 0.0
@@ -73,9 +77,9 @@ class GrowthSignal:
         free = [s for s in kasmina.seeds.values() if s.stage == SeedStage.DORMANT]
         if free and config.measure_signal and self._asked and not self.state.mode.conservative:
             found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, kasmina.room))}
-            passed = self._passed(found)
-            for slot, taken in passed.items():
-                metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], taken)}
+            with no_trace(self.state, self.world.device):
+                for slot, passed in self._passed(found).items():
+                    metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], passed)}
         self.milliseconds = (perf_counter() - start) * 1e3
         return metrics
 
@@ -97,13 +101,8 @@ class GrowthSignal:
         passed: dict[str, Passed] = {}
         digest, reason = bytes(32), "another rank failed, or has other blueprints"
         try:
-            with no_trace(self.state, self.world.device), users_code("measuring what seeds would get"):
-                batch = self.batch()
-                with tapped(self.state.kasmina.slots, found) as taps:
-                    with self.replica.autocast():
-                        # forward by itself is eager: the taps would be compiled for one pass.
-                        loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
-                    passed = passed_through(loss * self.state.scaler.get_scale(), taps)
+            with users_code("measuring what seeds would get"):
+                passed = self._pass(found) if found else {}
             digest = hashlib.sha256(repr(found).encode()).digest()
         except TaskError as error:
             reason = str(error)
@@ -112,6 +111,14 @@ class GrowthSignal:
             return passed
         self.replica.events.emit("signal_failed", "warning", reason=reason)
         return {}
+
+    def _pass(self, slots: Iterable[str]) -> dict[str, Passed]:
+        batch = self.batch()
+        with tapped(self.state.kasmina.slots, slots) as taps:
+            with self.replica.autocast():
+                # forward by itself is eager: the taps would be compiled for one pass.
+                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
+            return passed_through(loss * self.state.scaler.get_scale(), taps)
 
     def _signals(self, slot: str, candidates: list[Candidate], passed: Passed) -> dict[str, float]:
         """The size of each candidate's gradient over the whole batch of all ranks."""
@@ -131,7 +138,7 @@ class GrowthSignal:
     def _gradient(self, candidate: Candidate, shape: tuple[int, ...], passed: Passed) -> Tensor:
         """This rank's gradient; NaN where the blueprint fails on this rank, which leaves it out on all."""
         device, name = self.world.device, candidate.blueprint
-        with suppress(TaskError), no_trace(self.state, device), users_code(f"blueprint {name!r}"):
+        with suppress(TaskError), users_code(f"blueprint {name!r}"):
             seed = newborn(name, shape, run_seed=self.state.sampler.seed, device=device)
             return birth_gradient(seed, passed, self.replica.autocast)
         return torch.full((candidate.parameters,), math.nan, device=device)
@@ -161,4 +168,4 @@ class ForwardCost:
 
 def _costs(candidates: list[Candidate]) -> dict[str, float]:
     costs: Mapping[str, float] = {f"cost/{c.blueprint}": float(c.parameters) for c in candidates}
-    return {**costs, **{f"flops/{c.blueprint}": float(c.flops) for c in candidates}}
+    return {**costs, **{f"flops/{c.blueprint}": float(c.flops) for c in candidates if c.flops is not None}}

@@ -1,6 +1,5 @@
 """What a run remembers of itself for its summary, and what a person sees while it goes. Rank 0; silent elsewhere."""
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -11,13 +10,14 @@ from typing import Any
 from tolaria.coordinator.apply import Applied
 from tolaria.coordinator.ledger import describe
 from tolaria.leyline.types import SeedStage
+from tolaria.lives import SeedLives
 from tolaria.measure import Report
 from tolaria.recovery.checkpoint import SaveOutcome
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.telemetry.events import EventLog, Level
 from tolaria.telemetry.pace import stragglers
 from tolaria.telemetry.progress import BoundaryRow, Progress, SeedCell
-from tolaria.telemetry.summary import Score, SeedRecord
+from tolaria.telemetry.summary import Score
 
 # Stages in which a seed acts on the model's output.
 ACTING = (SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED)
@@ -37,6 +37,7 @@ class RunRecord:
         self.latencies: list[dict[str, float]] = []
         self.checkpoint: Path | None = None
         self.checkpoint_step = -1
+        self.lives = SeedLives(state)
         self.counters = {"checkpoints": 0, "checkpoint_failures": 0, "checkpoints_skipped": 0, "restarts": 0}
         self.seconds_before = 0.0
         self._straggler_ratio = straggler_ratio
@@ -72,9 +73,12 @@ class RunRecord:
             val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in latency.items()},
             seeds={n: s.stage.name for n, s in state.kasmina.seeds.items()},
-            own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise, signals=report.signals,
+            own_ms=[round(ms, 3) for ms in report.own_ms], val_noise=report.val_noise,
+            signals={slot: _signals_of(metrics) for slot, metrics in report.signals.items()},
             flops_per_sample=report.flops,
         )  # fmt: skip
+        for ended in self.lives.boundary(report):
+            self.events.emit("seed_judged", **ended.to_dict())
         self._row(report)
         self._tell_stragglers(report)
         for outcome in applied.outcomes:
@@ -136,25 +140,12 @@ class RunRecord:
         if outcome.cleanup_error is not None:
             self.events.emit("checkpoint_cleanup_failed", "warning", reason=outcome.cleanup_error)
 
-    def seeds(self) -> list[SeedRecord]:
-        """Every slot as it is now."""
-        return [
-            SeedRecord(
-                slot=name,
-                blueprint=seed.blueprint,
-                stage=seed.stage.name,
-                parameters=seed.parameter_count,
-                alpha=seed.alpha_value,
-                contribution=seed.evidence.contribution if math.isfinite(seed.evidence.contribution) else None,
-            )
-            for name, seed in self.state.kasmina.seeds.items()
-        ]
-
     def state_dict(self) -> dict[str, Any]:
         """What the summary of a resumed run needs, as JSON."""
         scores = {"final": self.final, "best": self.best, "before_growth": self.before_growth}
         return {
             "scores": {name: _score_to_json(score) for name, score in scores.items()},
+            "lives": self.lives.state_dict(),
             "parameters_start": self.parameters_start,
             "latencies": self.latencies[-1000:],
             "counters": dict(self.counters),
@@ -162,13 +153,14 @@ class RunRecord:
         }
 
     def went_back(self, saved: Mapping[str, Any], text: str) -> None:
-        """Forget the scores of what was undone; what was counted and timed stays."""
+        """Forget the scores and the seeds of what was undone; what was counted and timed stays."""
         self._load_scores(saved)
         # The newest checkpoint may be one of those that were undone; the last save must not take it for its own.
         self.checkpoint, self.checkpoint_step = None, -1
         self.progress.note(text, label="back", level="warning")
 
     def _load_scores(self, saved: Mapping[str, Any]) -> None:
+        self.lives.load_state_dict(saved["lives"])
         for name, score in saved["scores"].items():
             setattr(self, name, _score_from_json(score))
 
@@ -179,6 +171,11 @@ class RunRecord:
         self.latencies = [dict(entry) for entry in saved["latencies"]]
         self.counters.update(saved["counters"])
         self.seconds_before = float(saved["seconds"])
+
+
+def _signals_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The measured ones; what a blueprint costs is the same at every boundary."""
+    return {name: value for name, value in metrics.items() if name.startswith("signal/")}
 
 
 def _epoch(state: TrainState) -> int:

@@ -33,8 +33,10 @@ def against_one_process(stage: str) -> dict[str, Any]:
 
     The slot "early" goes to ``stage`` first; "DORMANT": it stays free.
     """
-    with joined(tiny_config(batch_size=4, output_ratio=1e6)) as rig, tempfile.TemporaryDirectory() as folder:
-        config = tiny_config(batch_size=4 * rig.world.world_size, output_ratio=1e6)
+    # Other jobs of these ranks may have left blueprints that draw random numbers.
+    kasmina = {"output_ratio": 1e6, "candidates": "identity,low_rank,residual_mlp"}
+    with joined(tiny_config(batch_size=4, **kasmina)) as rig, tempfile.TemporaryDirectory() as folder:
+        config = tiny_config(batch_size=4 * rig.world.world_size, **kasmina)
         with Rig.build(Path(folder), world=alone(), config=config) as single:
             found = []
             for each in (rig, single):

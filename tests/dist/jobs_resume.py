@@ -216,7 +216,9 @@ def train(
         "digest": summary.state_digest[own_rank()],
         "stages": {seed.slot: seed.stage for seed in summary.seeds},
         "alphas": {seed.slot: seed.alpha for seed in summary.seeds},
-    }
+        "lives": [[s.command_id, s.stage, s.born_step, s.ended_step, s.contribution, s.contribution_noise, s.train_flops]
+                  for s in summary.seeds],
+    }  # fmt: skip
 
 
 # Which samples were seen: each has a parameter of its own, from which its weight in the loss is subtracted.

@@ -115,8 +115,11 @@ def test_two_ranks_continue_as_if_never_stopped(
     two: Train, whole_two: list[dict[str, Any]], at: str, tmp_path: Path
 ) -> None:
     assert whole_two[0]["stages"] == AT_THE_END
+    assert any(contribution is not None for *_, contribution, _, _ in whole_two[0]["lives"])
     stop(two, tmp_path / "run", at, stop_rank=1)
-    assert_finished(two(folder=str(tmp_path / "run"), resume=True), whole_two)
+    ranks = two(folder=str(tmp_path / "run"), resume=True)
+    assert_finished(ranks, whole_two)
+    assert [r["lives"] for r in ranks] == [whole_two[0]["lives"]] * 2
 
 
 @pytest.mark.parametrize("at", STOPS)

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import blueprint_names, get_blueprint
 from tolaria.kasmina.candidates import MAX_CANDIDATES
 from tolaria.leyline.types import SeedStage
+from tolaria.telemetry import report
+from tolaria.telemetry.summary import NOISE_ERRORS, SeedRecord
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "blueprints.md").read_text(encoding="utf-8")
@@ -72,6 +75,18 @@ def test_the_names_and_limits_in_the_text_are_the_codes() -> None:
     assert keys <= set(vars(KasminaConfig()))
     assert {"candidates", "measure_signal", "max_seed_mb", "max_grown_mb"} <= keys
     assert f"At most {MAX_CANDIDATES} are listed" in " ".join(PAGE.split())
+
+
+def test_the_example_of_a_summary_looks_as_the_report_does() -> None:
+    seed = SeedRecord(
+        slot="early", blueprint="conv_residual", stage="FOSSILIZED", parameters=1250, alpha=1.0, contribution=0.1142,
+        contribution_noise=0.0159, flops=36_864, train_flops=4_001_000_000, pass_ms=[4.3, 3.9],
+    )  # fmt: skip
+    for label, text in report.seed_lines(seed):
+        assert f"{label.ljust(10)}  {text}\n" in PAGE or f"  {label.ljust(10)}  {text}\n" in PAGE
+    verdicts = [replace(seed, contribution=gain).verdict for gain in (0.1, -0.1, 0.03, None)]
+    assert [row[0] for row in rows("verdict", "when")] == verdicts
+    assert NOISE_ERRORS == 2.0
 
 
 def run_example(folder: Path, word: str) -> None:

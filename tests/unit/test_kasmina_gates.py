@@ -108,6 +108,26 @@ def test_g4_the_contribution_is_large_enough(without: float, with_seed: float, o
     assert (result.gate, result.ok) == (SeedGate.G4_SYSTEM_IMPACT, ok)
 
 
+@pytest.mark.parametrize(
+    ("gain", "noise", "certainty", "ok"),
+    [
+        (0.06, 0.02, 2.0, True),
+        (0.05, 0.0201, 2.0, False),
+        (0.05, 0.5, 0.0, True),  # not asked for
+        (0.05, NAN, 2.0, False),  # nobody knows how certain it is
+        (0.05, NAN, 0.0, True),
+        (0.01, 0.0, 2.0, True),
+        (0.0, 0.0, 2.0, False),
+    ],
+)
+def test_g4_the_contribution_is_certain_enough(gain: float, noise: float, certainty: float, ok: bool) -> None:
+    evidence = Evidence(loss_without=gain, loss_with=0.0, contribution_noise=noise)
+    result = gates.g4_system_impact(evidence, replace(CONFIG, min_certainty=certainty))
+    assert result.ok == ok
+    assert ("+-" in result.reason) == math.isfinite(noise)
+    assert ok or gain < CONFIG.min_contribution or "2 standard errors" in result.reason
+
+
 def test_g5_names_what_is_left() -> None:
     assert gates.g5_reset([]).ok
     result = gates.g5_reset(["module", "optimizer group"])

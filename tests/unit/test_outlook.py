@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.rig import Rig, make_task, same_bits, tiny_config
-from tolaria.config import Config
+from tolaria.config import Config, PrecisionConfig
+from tolaria.errors import ConfigError
 from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.candidates import newborn
@@ -70,6 +72,27 @@ def test_also_beside_a_seed_that_is_at_work(tmp_path: Path, blueprint: str) -> N
         assert measured["late"][f"signal/{blueprint}"] == pytest.approx(
             shadow_gradient(rig, "late", blueprint), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS)
+def test_in_low_precision_it_is_what_the_seed_gets_there(tmp_path: Path, blueprint: str) -> None:
+    config = replace(tiny_config(), precision=PrecisionConfig(amp="bf16"))
+    with Rig.build(tmp_path, config=config) as rig:
+        rig.train(2)
+        measured = rig.evaluator.signal.measure()["early"]
+        with rig.replica.autocast():
+            expected = shadow_gradient(rig, "early", blueprint)
+        assert measured[f"signal/{blueprint}"] == pytest.approx(expected, rel=1e-2)  # sums in another order, 8 bits
+        assert expected != pytest.approx(shadow_gradient(rig, "early", blueprint), rel=1e-6)
+
+
+def test_the_loss_scale_of_float16_is_not_in_the_signal(rig: Rig) -> None:
+    plain = rig.evaluator.signal.measure()
+    rig.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    assert rig.state.scaler.get_scale() == 2.0**14
+    scaled = rig.evaluator.signal.measure()
+    for slot, metrics in plain.items():
+        assert scaled[slot] == pytest.approx(metrics, rel=1e-6)
 
 
 class Reused(nn.Module):
@@ -156,6 +179,7 @@ def test_only_what_could_be_germinated_is_measured(
         assert {name for metrics in measured.values() for name in metrics} == {
             f"{kind}/{name}" for kind in ("signal", "cost", "flops") for name in names
         }
+        assert rig.told("signal_failed") == []
 
 
 def test_a_conservative_run_measures_nothing(rig: Rig) -> None:
@@ -218,3 +242,12 @@ def test_the_forward_cost_is_that_of_host_and_acting_seeds(rig: Rig) -> None:
     with Rig.build(rig.events_path.parent) as other:
         other.grow("early", SeedStage.BLENDING)
         assert other.evaluator.cost.flops() == host + 2 * (8 * 2 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "told"),
+    [("low_rank,nonsense", "unknown nonsense; known are bottleneck_attention"), ("low_rank," * 9, "9 names")],
+)
+def test_wrong_candidates_are_told_before_training_starts(tmp_path: Path, candidates: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"kasmina\.candidates='low_rank,.*{told}.*at most 8"):
+        Rig.build(tmp_path, config=tiny_config(candidates=candidates))

@@ -22,6 +22,6 @@ def test_a_straggler_takes_more_than_the_ratio_of_the_others_median(own_ms: list
 def test_a_single_hiccup_makes_no_straggler_and_each_window_begins_anew() -> None:
     pace = Pace()
     for seconds in (0.01, 2.0, 0.01):
-        pace.add(seconds)
-    assert pace.take() == pytest.approx(10.0)
-    assert pace.take() == 0.0
+        pace.add(seconds, 3 * seconds)
+    assert pace.take() == pytest.approx((10.0, 30.0))
+    assert pace.take() == (0.0, 0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tolaria.errors import RunDirError
-from tolaria.telemetry import report
+from tolaria.telemetry import report, words
 from tolaria.telemetry.summary import (
     CommandRecord,
     RunSummary,
@@ -120,18 +120,62 @@ def test_results_of_a_run_without_validation() -> None:
     }
 
 
-def test_seed_and_command_lines() -> None:
-    assert report.seed_line(SUMMARY.seeds[0]) == (
-        "early", "conv_residual, fossilized, 2,404 parameters, contribution 0.2500"
+@pytest.mark.parametrize(
+    ("gain", "noise", "verdict"),
+    [
+        (0.1515, 0.004, "pays"),
+        (0.0081, 0.004, "pays"),
+        (0.0079, 0.004, "within noise"),
+        (-0.0079, 0.004, "within noise"),
+        (-0.0081, 0.004, "harmful"),
+        (0.0, 0.0, "within noise"),  # a seed that adds nothing
+        (1e-9, 0.0, "pays"),
+        (0.1, None, "pays"),  # one validation sample has no spread
+        (None, None, "not measured"),
+    ],
+)
+def test_the_verdict_on_a_seed_knows_the_noise(gain: float | None, noise: float | None, verdict: str) -> None:
+    record = replace(SUMMARY.seeds[0], contribution=gain, contribution_noise=noise)
+    assert record.verdict == record.to_dict()["verdict"] == verdict
+
+
+def test_seed_lines_tell_gain_and_cost() -> None:
+    seed = replace(
+        SUMMARY.seeds[0], contribution=0.1515, contribution_noise=0.004, flops=138_240, train_flops=27_869_184_000,
+        pass_ms=[12.3456, 3.104],
     )  # fmt: skip
-    empty = SeedRecord(slot="late", blueprint="", stage="DORMANT", parameters=0, alpha=0.0)
-    assert report.seed_line(empty) == ("late", "dormant")
+    assert list(report.seed_lines(seed)) == [
+        ("early", "conv_residual, fossilized, 2,404 parameters"),
+        ("  gain", "pays: +0.1515 +- 0.0040 validation loss"),
+        ("  cost", "138 k FLOPs a sample, 27.9 G spent; validation 3.1 -> 12.3 ms"),
+    ]
+    culled = replace(seed, stage="CULLED", ended_in="PROBATIONARY", contribution=-0.02, pass_ms=None, flops=None)
+    assert list(report.seed_lines(culled)) == [
+        ("early", "conv_residual, culled in probationary, 2,404 parameters"),
+        ("  gain", "harmful: -0.0200 +- 0.0040 validation loss"),
+    ]
     blending = replace(SUMMARY.seeds[0], stage="BLENDING", alpha=0.25, contribution=None)
-    assert report.seed_line(blending)[1] == "conv_residual, blending, 2,404 parameters, alpha 0.25"
+    assert list(report.seed_lines(blending)) == [
+        ("early", "conv_residual, blending, alpha 0.25, 2,404 parameters"), ("  gain", "not measured"),
+    ]  # fmt: skip
+    empty = SeedRecord(slot="late", blueprint="", stage="DORMANT", parameters=0, alpha=0.0)
+    assert list(report.seed_lines(empty)) == [("late", "dormant, nothing grew here")]
+
+
+def test_command_lines() -> None:
     command = replace(SUMMARY.commands[0], outcome="success", effect="val loss 0.41 -> 0.33")
     assert list(report.command_lines(command)) == [
         ("step 420", "germinate early (success)"), ("  why", "plateau"), ("  effect", "val loss 0.41 -> 0.33"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(0, "0"), (512, "512"), (999, "999"), (999.6, "1 k"), (138_240, "138 k"), (1_179_648, "1.18 M"),
+     (2e12, "2 T"), (3e21, "3e+03 E")],
+)  # fmt: skip
+def test_large_amounts(amount: float, text: str) -> None:
+    assert words.large(amount) == text
 
 
 def test_unequal_digests_are_not_overlooked() -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
-from tolaria.errors import CommandRefused
+from tolaria.errors import CommandRefused, ConfigError, TaskError
 from tolaria.kasmina.blueprints import Blueprint, blueprint_names, get_blueprint
 from tolaria.kasmina.flops import count_flops
 from tolaria.kasmina.gates import GateResult
 from tolaria.kasmina.growth import build_seed, size_of
+from tolaria.task import users_code
 
 MAX_CANDIDATES = 8
 """Candidates of one slot that a policy is told of: with three numbers each, and room for others of the slot."""
@@ -28,11 +29,11 @@ Passed = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A blueprint at one shape. ``flops``: of one sample's forward pass."""
+    """A blueprint at one shape. ``flops``: of one sample's forward pass, None where they cannot be counted."""
 
     blueprint: str
     parameters: int
-    flops: int
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Description:
     name: str
     shape: tuple[int, ...]
     parameters: int
-    flops: int
+    flops: int | None
     summary: str
     init: str
     use: str
@@ -61,14 +62,25 @@ def describe_blueprint(name: str, shape: Sequence[int]) -> Description:
     )
 
 
+def chosen_names(config: KasminaConfig) -> tuple[str, ...]:
+    """The blueprints to be measured: those of ``kasmina.candidates``, else all. Raises ConfigError for unknown ones,
+    and for more than can be told."""
+    chosen = tuple(name.strip() for name in config.candidates.split(",") if name.strip())
+    known = blueprint_names()
+    unknown = sorted(set(chosen) - set(known))
+    if unknown or len(chosen) > MAX_CANDIDATES:
+        wrong = f"unknown {', '.join(unknown)}; known are {', '.join(known)}" if unknown else f"{len(chosen)} names"
+        raise ConfigError(f"kasmina.candidates={config.candidates!r}: {wrong}; expected at most {MAX_CANDIDATES} known")
+    return chosen or known
+
+
 def candidates_for(
     shape: tuple[int, ...], config: KasminaConfig, room: Callable[[int], GateResult]
 ) -> list[Candidate]:  # fmt: skip
     """The blueprints that GERMINATE would accept at a slot of this per-sample shape; by name, the first
     `MAX_CANDIDATES`. ``room``: the word of gate G0 on so many parameters. What cannot be built is left out."""
-    chosen = [name.strip() for name in config.candidates.split(",") if name.strip()] or blueprint_names()
     found = []
-    for name in chosen:
+    for name in chosen_names(config):
         blueprint = get_blueprint(name)
         if len(shape) not in blueprint.ranks:
             continue
@@ -90,10 +102,13 @@ def _known(blueprint: Blueprint, shape: tuple[int, ...], most: int, silent: bool
     return Candidate(blueprint.name, sum(p.numel() for p in module.parameters()), forward_flops(module, shape))
 
 
-def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """Operations of a seed's forward pass over one sample; the module is on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        return count_flops(lambda: module(torch.zeros(2, *shape))) // 2
+def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Operations of a seed's forward pass over one sample; the module is on the CPU. None where torch cannot tell."""
+    try:
+        with torch.random.fork_rng(devices=[]), users_code("counting FLOPs"):
+            return count_flops(lambda: module(torch.zeros(2, *shape))) // 2
+    except TaskError:
+        return None
 
 
 def newborn(

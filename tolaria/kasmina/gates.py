@@ -106,13 +106,18 @@ def g3_interface(evidence: Evidence, config: KasminaConfig) -> GateResult:
 
 
 def g4_system_impact(evidence: Evidence, config: KasminaConfig) -> GateResult:
-    """Is the counterfactual contribution at or above the threshold?"""
+    """Is the counterfactual contribution at or above the threshold, and by enough standard errors?"""
     gate = SeedGate.G4_SYSTEM_IMPACT
-    gain = evidence.contribution
+    gain, noise = evidence.contribution, evidence.contribution_noise
     if not math.isfinite(gain):
         return GateResult(gate, False, "contribution not measured yet")
+    known = math.isfinite(noise)
+    told = f"contribution {gain:+.4g}" + (f" +- {noise:.2g}" if known else "")
     losses = f"validation loss {evidence.loss_without:.4g} without, {evidence.loss_with:.4g} with the seed"
-    return GateResult(gate, gain >= config.min_contribution, f"contribution {gain:+.4g} ({losses})")
+    certain = not config.min_certainty or (known and gain - config.min_contribution >= config.min_certainty * noise)
+    if gain >= config.min_contribution and not certain:
+        return GateResult(gate, False, f"{told} is not {config.min_certainty:g} standard errors clear ({losses})")
+    return GateResult(gate, gain >= config.min_contribution, f"{told} ({losses})")
 
 
 def g5_reset(left_overs: Sequence[str]) -> GateResult:

@@ -14,20 +14,23 @@ FLOOR_MS = 5.0
 
 
 class Pace:
-    """The own times of this rank since the last boundary. Local."""
+    """The times of this rank's steps since the last boundary. Local."""
 
     def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+        self._own: deque[float] = deque(maxlen=REMEMBERED)
+        self._whole: deque[float] = deque(maxlen=REMEMBERED)
 
-    def add(self, seconds: float) -> None:
-        """One step: from asking for its data to the last moment that does not depend on other ranks."""
-        self._seconds.append(seconds)
+    def add(self, own_s: float, whole_s: float) -> None:
+        """One step, from asking for its data to the last moment that does not depend on other ranks; and to its end."""
+        self._own.append(own_s)
+        self._whole.append(whole_s)
 
-    def take(self) -> float:
-        """The median in milliseconds, 0 without a step; begins anew. A single hiccup does not move it."""
-        found = median(self._seconds) * 1e3 if self._seconds else 0.0
-        self._seconds.clear()
-        return found
+    def take(self) -> tuple[float, float]:
+        """The medians of both in milliseconds, 0 without a step; begins anew. A single hiccup does not move them."""
+        found = tuple(median(seconds) * 1e3 if seconds else 0.0 for seconds in (self._own, self._whole))
+        self._own.clear()
+        self._whole.clear()
+        return found[0], found[1]
 
 
 def stragglers(own_ms: Sequence[float], ratio: float) -> list[int]:

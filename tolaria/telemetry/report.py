@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from tolaria.telemetry.summary import CommandRecord, IncidentRecord, RunSummary, SeedRecord
-from tolaria.telemetry.words import counted, duration, number, percent
+from tolaria.telemetry.words import counted, duration, large, number, percent
 
 OUTCOMES = {
     "finished": "Finished",
@@ -45,17 +45,26 @@ def result_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "parameters", text + (f" ({summary.parameters_start:,} at the start, {grown:+,} grown)" if grown else "")
 
 
-def seed_line(seed: SeedRecord) -> tuple[str, str]:
-    """One slot as label, and what grew there and how far it came."""
-    stage = seed.stage.lower()
+def seed_lines(seed: SeedRecord) -> Iterator[tuple[str, str]]:
+    """One seed, labelled with its slot: what grew there and how far it came, what it gained, what it cost."""
     if not seed.blueprint:
-        return seed.slot, stage
-    text = f"{seed.blueprint}, {stage}, {counted(seed.parameters, 'parameter')}"
-    if 0 < seed.alpha < 1:
-        text += f", alpha {seed.alpha:.2f}"
+        yield seed.slot, f"{seed.stage.lower()}, nothing grew here"
+        return
+    stage = seed.stage.lower() + (f" in {seed.ended_in.lower()}" if seed.ended_in else "")
+    alpha = f", alpha {seed.alpha:.2f}" if 0 < seed.alpha < 1 else ""
+    yield seed.slot, f"{seed.blueprint}, {stage}{alpha}, {counted(seed.parameters, 'parameter')}"
+    gain = seed.verdict
     if seed.contribution is not None:
-        text += f", contribution {number(seed.contribution)}"
-    return seed.slot, text
+        noise = f" +- {seed.contribution_noise:.4f}" if seed.contribution_noise is not None else ""
+        gain += f": {seed.contribution:+.4f}{noise} validation loss"
+    yield "  gain", gain
+    costs = []
+    if seed.flops is not None:
+        costs.append(f"{large(seed.flops)} FLOPs a sample, {large(seed.train_flops)} spent")
+    if seed.pass_ms is not None:
+        costs.append("validation {1:.3g} -> {0:.3g} ms".format(*seed.pass_ms))
+    if costs:
+        yield "  cost", "; ".join(costs)
 
 
 def command_lines(command: CommandRecord) -> Iterator[tuple[str, str]]:
@@ -88,7 +97,7 @@ def incident_lines(incident: IncidentRecord) -> Iterator[tuple[str, str]]:
 def sections(summary: RunSummary) -> list[tuple[str, list[tuple[str, str]]]]:
     """What follows the results, by title: seeds, commands, incidents; those without lines are empty."""
     return [
-        ("Seeds", [seed_line(seed) for seed in summary.seeds]),
+        ("Seeds", [line for seed in summary.seeds for line in seed_lines(seed)]),
         ("Commands", [line for command in summary.commands for line in command_lines(command)]),
         ("Incidents", [line for incident in summary.incidents for line in incident_lines(incident)]),
     ]

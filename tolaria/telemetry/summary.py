@@ -14,6 +14,9 @@ from typing import Any
 from tolaria.errors import RunDirError
 from tolaria.telemetry.lines import to_json
 
+NOISE_ERRORS = 2.0
+"""A contribution closer to nothing than so many standard errors is taken for noise."""
+
 PACKAGES = ("tolaria", "torch", "numpy", "safetensors", "protobuf", "pyzmq")
 
 
@@ -47,7 +50,19 @@ class CommandRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRecord:
-    """One slot at the end. ``contribution``: validation loss without the seed minus with it, None if not measured."""
+    """One seed that lived, or a slot in which none ever did (without blueprint).
+
+    ``stage``: as it is now; of one that is gone CULLED or CANCELLED, ``ended_in`` what it had come to, and
+    ``ended_step`` when. ``contribution``: validation loss without the seed minus with it, as last measured;
+    ``contribution_noise``: the standard error of that. None: not measured.
+    ``flops``: of one sample's forward pass through the seed, None if unknown. ``train_flops``: what its own forward and
+    backward passes took so far, over all ranks (not the second pass through the host of a seed that learns behind it).
+    ``pass_ms``: milliseconds of a validation pass with the seed at work and, right after it, without; data included,
+    CPU time on the CPU, wall time on a GPU, means over ranks, the least of all boundaries at which both were measured.
+    ``step_ms_before``: wall time of a training step, data included, median between the two boundaries before the seed
+    was germinated; ``step_ms``: the same between the last two between which it was at work. Means over ranks. What else
+    changed between the two is in them as well.
+    """
 
     slot: str
     blueprint: str
@@ -55,6 +70,30 @@ class SeedRecord:
     parameters: int
     alpha: float
     contribution: float | None = None
+    contribution_noise: float | None = None
+    command_id: str = ""
+    born_step: int = 0
+    ended_step: int | None = None
+    ended_in: str = ""
+    flops: int | None = None
+    train_flops: int = 0
+    pass_ms: Sequence[float] | None = None
+    step_ms_before: float | None = None
+    step_ms: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "pays", "harmful", "within noise" (less than `NOISE_ERRORS` errors from nothing) or "not measured"."""
+        gain, noise = self.contribution, self.contribution_noise
+        if gain is None:
+            return "not measured"
+        if gain == 0 or (noise is not None and abs(gain) < NOISE_ERRORS * noise):
+            return "within noise"
+        return "pays" if gain > 0 else "harmful"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in summary.json and in events, with the verdict."""
+        return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +151,8 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: NaN and infinities as strings, ranks as text."""
-        return {"schema": 1, **{key: to_json(value) for key, value in asdict(self).items()}}
+        whole = {**asdict(self), "seeds": [seed.to_dict() for seed in self.seeds]}
+        return {"schema": 1, **{key: to_json(value) for key, value in whole.items()}}
 
 
 def versions() -> dict[str, str]:

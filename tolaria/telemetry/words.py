@@ -56,6 +56,16 @@ def counted(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
 
 
+def large(amount: float) -> str:
+    """An amount with three digits and its power of ten: 512, 138 k, 1.18 M, 33.2 G, 2 T."""
+    size, unit = float(amount), ""
+    for following in "kMGTPE":
+        if abs(size) < 999.5:
+            break
+        size, unit = size / 1000, following
+    return f"{size:.3g} {unit}".rstrip()
+
+
 def printable(text: str, encoding: str) -> str:
     """``text`` on one line, in what ``encoding`` can show, without anything that steers a terminal.
 
