@@ -91,7 +91,11 @@ def test_the_packet_tells_what_a_policy_chooses_by(rig: Rig) -> None:
     report = rig.evaluator.measure(Meters(TRAIN_METERS))
     state = told(rig, report)
     early, late = state.seeds
-    assert dict(early.metrics) == {n: pytest.approx(v) for n, v in report.signals["early"].items()}
+    signals = {n: pytest.approx(v) for n, v in report.signals["early"].items()}
+    assert dict(early.metrics) == {
+        **signals,
+        "boundaries_in_stage": rig.state.kasmina.seeds["early"].boundaries_in_stage,
+    }
     assert {"signal/low_rank", "cost/low_rank", "flops/low_rank"} <= set(early.metrics)
     assert not any("/" in name for name in late.metrics)
     metrics = state.training_metrics
@@ -110,7 +114,7 @@ def test_as_many_candidates_as_a_slot_can_have_fit_the_message(rig: Rig, monkeyp
             blueprints._BLUEPRINTS, name, Blueprint(name, frozenset({1}), lambda shape: nn.Linear(8, 8), "")
         )
     state = told(rig, rig.evaluator.measure(Meters(TRAIN_METERS)))
-    assert [len(seed.metrics) for seed in state.seeds] == [3 * MAX_CANDIDATES] * 2
+    assert [len(seed.metrics) for seed in state.seeds] == [3 * MAX_CANDIDATES + 1] * 2
 
 
 def test_the_packet_tells_how_the_samples_of_each_seed_counted(rig: Rig) -> None:

@@ -5,194 +5,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.packets import operations, slot, state
 from tolaria.errors import ConfigError
 from tolaria.leyline.codec import decode_command, encode_command
 from tolaria.leyline.types import (
     BreakerCommand,
     CircuitState,
-    Command,
     CommandType,
-    HardwareContext,
     OptimizerCommand,
     RollbackCommand,
     SeedCommand,
     SeedOp,
     SeedStage,
-    SeedState,
-    SystemState,
 )
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import check_policy, load_policy
-from tolaria.tamiyo.policies.heuristic import HeuristicPolicy
 from tolaria.tamiyo.policy import Policy, with_identity
 
-STAGE_AFTER = {
-    SeedOp.GERMINATE: SeedStage.GERMINATED,
-    SeedOp.START_TRAINING: SeedStage.TRAINING,
-    SeedOp.START_GRAFTING: SeedStage.BLENDING,
-    SeedOp.STABILIZE: SeedStage.SHADOWING,
-    SeedOp.EVALUATE: SeedStage.PROBATIONARY,
-    SeedOp.FINE_TUNE: SeedStage.PROBATIONARY,
-    SeedOp.FOSSILIZE: SeedStage.FOSSILIZED,
-    SeedOp.CULL: SeedStage.CULLED,
-}
-
-
-def state(boundary: int = 1, loss: float = 1.0, seeds: tuple[SeedState, ...] = (), **metrics: float) -> SystemState:
-    return SystemState(
-        packet_id=f"p{boundary}", current_epoch=boundary, global_step=boundary * 10, validation_accuracy=0.5,
-        validation_loss=loss, training_loss=loss, timestamp_ns=1, training_run_id="run", experiment_name="test",
-        hardware=HardwareContext(device_type="cpu"), seeds=seeds,
-        training_metrics={name.replace("__", "/"): value for name, value in metrics.items()},
-    )  # fmt: skip
-
-
-def slot(name: str, stage: SeedStage, *, norm: float = 0.0, **metrics: float) -> SeedState:
-    return SeedState(seed_id=name, stage=stage, gradient_norm=norm, metrics=metrics)
-
-
-def operations(commands: list[Command]) -> list[tuple[SeedOp, str]]:
-    found = []
-    for command in commands:
-        assert isinstance(command.payload, SeedCommand)
-        found.append((command.payload.operation, command.target_seed_id))
-    return found
-
-
 FREE = slot("mid", SeedStage.DORMANT)
-
-
-def course(policy: HeuristicPolicy, losses: list[float], **metrics: float) -> list[list[Command]]:
-    return [policy.decide(state(b, loss, (FREE,), **metrics), ()) for b, loss in enumerate(losses, start=1)]
-
-
-def test_growth_waits_for_a_plateau() -> None:
-    falling = course(HeuristicPolicy(patience=2, min_delta=0.01), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-    assert falling == [[]] * 6
-    stuck = course(HeuristicPolicy(patience=2, min_delta=0.01), [1.0, 0.9, 0.899, 0.898])
-    assert [operations(commands) for commands in stuck] == [[], [], [], [(SeedOp.GERMINATE, "mid")]]
-    assert stuck[-1][0].reason == "validation loss 0.898, 0.9 before: not 1.0% better in 2 boundaries"
-
-
-def test_a_rising_loss_is_a_plateau_and_one_spike_of_a_falling_loss_is_none() -> None:
-    assert operations(course(HeuristicPolicy(patience=2), [1.0, 1.1, 1.2])[-1]) == [(SeedOp.GERMINATE, "mid")]
-    assert course(HeuristicPolicy(patience=2), [1.0, 0.9, 2.0, 0.8, 0.7])[-1] == []
-
-
-def test_a_fresh_policy_decides_as_the_old_one_when_it_is_given_the_losses() -> None:
-    losses = [1.0, 0.9, 0.899, 0.898]
-    old = course(HeuristicPolicy(patience=2), losses)[-1]
-    history = {f"loss_history__{back}": losses[-1 - back] for back in (1, 2, 3)}
-    new = HeuristicPolicy(patience=2).decide(state(4, losses[-1], (FREE,), **history), ())
-    assert old
-    assert new == old
-    assert HeuristicPolicy(patience=2).decide(state(4, losses[-1], (FREE,)), ()) == []
-
-
-def test_a_low_loss_of_long_ago_does_not_make_a_plateau_of_a_falling_loss() -> None:
-    assert course(HeuristicPolicy(patience=2), [0.1, 5.0, 4.0, 3.0, 2.0, 1.5])[-1] == []
-
-
-def test_after_a_rollback_the_losses_of_the_new_course_count() -> None:
-    policy = HeuristicPolicy(patience=2)
-    course(policy, [1.0, 0.9, 0.5, 0.4])
-    again = [policy.decide(state(b, loss, (FREE,)), ()) for b, loss in ((3, 0.9), (4, 0.9))]
-    assert [operations(commands) for commands in again] == [[], [(SeedOp.GERMINATE, "mid")]]
-
-
-@pytest.mark.parametrize(
-    ("rank", "blueprint"), [(3.0, "conv_residual"), (2.0, "residual_mlp"), (1.0, "residual_mlp"), (4.0, "residual_mlp")]
-)
-def test_the_blueprint_fits_the_slot(rank: float, blueprint: str) -> None:
-    [germination] = course(HeuristicPolicy(patience=1), [1.0, 1.0], slot_rank__mid=rank)[-1]
-    assert isinstance(germination.payload, SeedCommand)
-    assert germination.payload.blueprint_id == blueprint
-    [chosen] = course(HeuristicPolicy(patience=1, blueprint="low_rank"), [1.0, 1.0], slot_rank__mid=rank)[-1]
-    assert isinstance(chosen.payload, SeedCommand)
-    assert chosen.payload.blueprint_id == "low_rank"
-
-
-def test_nothing_grows_in_conservative_mode_or_too_late_to_be_judged() -> None:
-    stuck = [1.0] * 6
-    assert not any(course(HeuristicPolicy(), stuck, conservative=1.0))
-    assert not any(course(HeuristicPolicy(), stuck, boundaries_left=4.0))
-    assert any(course(HeuristicPolicy(), stuck, boundaries_left=40.0))
-
-
-def test_a_kept_seed_is_given_time_before_the_next_one() -> None:
-    def decide(boundaries: float) -> list[Command]:
-        policy = HeuristicPolicy(patience=2)
-        kept = slot("low", SeedStage.FOSSILIZED, boundaries_in_stage=boundaries)
-        return [policy.decide(state(b, 1.0, (kept, FREE)), ()) for b in range(1, 6)][-1]
-
-    assert decide(1) == []
-    assert operations(decide(2)) == [(SeedOp.GERMINATE, "mid")]
-
-
-@pytest.mark.parametrize(
-    ("seed", "expected"),
-    [
-        (slot("a", SeedStage.GERMINATED, gate_ok=0, boundaries_in_stage=1), None),
-        (slot("a", SeedStage.GERMINATED, gate_ok=1, boundaries_in_stage=1), SeedOp.START_TRAINING),
-        (slot("a", SeedStage.TRAINING, gate_ok=1, boundaries_in_stage=1), None),
-        (slot("a", SeedStage.TRAINING, gate_ok=1, boundaries_in_stage=2), SeedOp.START_GRAFTING),
-        (slot("a", SeedStage.TRAINING, gate_ok=0, boundaries_in_stage=5), None),
-        (slot("a", SeedStage.TRAINING, gate_ok=0, boundaries_in_stage=8), SeedOp.CULL),
-        (slot("a", SeedStage.BLENDING, gate_ok=0, alpha=0.99, boundaries_in_stage=50), None),
-        (slot("a", SeedStage.BLENDING, gate_ok=1, alpha=1, boundaries_in_stage=3), SeedOp.STABILIZE),
-        (slot("a", SeedStage.BLENDING, gate_ok=0, alpha=1, boundaries_in_stage=3), None),
-        (slot("a", SeedStage.BLENDING, gate_ok=0, alpha=1, boundaries_in_stage=6), SeedOp.CULL),
-        (slot("a", SeedStage.SHADOWING, gate_ok=1), SeedOp.EVALUATE),
-        (slot("a", SeedStage.SHADOWING, gate_ok=0, boundaries_in_stage=6), SeedOp.CULL),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=0), None),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=1, contribution=0.02), SeedOp.FOSSILIZE),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=0, contribution=0.02), None),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=1, contribution=0.009), SeedOp.CULL),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=0, contribution=-1), SeedOp.CULL),
-        (slot("a", SeedStage.PROBATIONARY, gate_ok=0, boundaries_in_stage=6), SeedOp.CULL),
-    ],
-)
-def test_each_stage_moves_on_when_its_gate_would_pass(seed: SeedState, expected: SeedOp | None) -> None:
-    commands = HeuristicPolicy(min_contribution=0.01).decide(state(9, 1.0, (seed, FREE)), ())
-    assert operations(commands) == ([] if expected is None else [(expected, "a")])
-    assert all(any(c.isdigit() for c in command.reason) for command in commands)
-
-
-def test_a_probationary_seed_is_fine_tuned_once_when_asked_for() -> None:
-    policy = HeuristicPolicy(fine_tune_boundaries=2)
-
-    def decide(boundaries: float, norm: float) -> list[tuple[SeedOp, str]]:
-        seed = slot("a", SeedStage.PROBATIONARY, norm=norm, gate_ok=1, contribution=0.1, boundaries_in_stage=boundaries)
-        return operations(policy.decide(state(9, 1.0, (seed,)), ()))
-
-    assert decide(0, 0.0) == [(SeedOp.FINE_TUNE, "a")]
-    assert decide(1, 0.5) == []
-    assert decide(2, 0.5) == [(SeedOp.FOSSILIZE, "a")]
-
-
-@pytest.mark.parametrize(("contribution", "end"), [(0.3, SeedStage.FOSSILIZED), (-0.3, SeedStage.CULLED)])
-def test_one_seed_goes_all_the_way(contribution: float, end: SeedStage) -> None:
-    policy = HeuristicPolicy(patience=2, train_boundaries=2)
-    seed, stages = FREE, [SeedStage.DORMANT]
-    for boundary in range(1, 20):
-        commands = policy.decide(state(boundary, 1.0, (seed,)), ())
-        assert len(commands) <= 1
-        stage, waited = seed.stage, seed.metrics.get("boundaries_in_stage", 0) + 1
-        for operation, name in operations(commands):
-            assert name == "mid"
-            stage, waited = STAGE_AFTER[operation], 0
-            stages.append(stage)
-        if stage in (SeedStage.FOSSILIZED, SeedStage.CULLED):
-            break
-        seed = slot("mid", stage, gate_ok=1, alpha=1, contribution=contribution, boundaries_in_stage=waited)
-    assert stages == [*list(SeedStage)[:6], end]
-
-
-@pytest.mark.parametrize("args", [{"patience": 0}, {"patience": 1.5}, {"min_delta": 1.0}, {"train_boundaries": True}])
-def test_bad_settings_of_the_heuristic_are_named(args: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(args))):
-        load_policy("heuristic", args)
-
 
 SCRIPT = """
 version = "rehearsal-1"

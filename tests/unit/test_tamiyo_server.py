@@ -45,6 +45,7 @@ from tolaria.tamiyo.desk import MAX_RUNS, Desk
 from tolaria.tamiyo.embedded import EmbeddedPolicy
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.keys import main as make_keys
+from tolaria.tamiyo.policies.heuristic import HeuristicPolicy
 from tolaria.tamiyo.policies.noop import NoopPolicy
 from tolaria.tamiyo.policy import Policy, cull, scale_lr
 from tolaria.tamiyo.socketdir import DEAD_PREFIX, PREFIX, SocketDir, remove_stale
@@ -495,7 +496,7 @@ def embedded_client(policy: EmbeddedPolicy) -> PolicyClient:
 @pytest.mark.processes
 def test_the_embedded_policy_answers_and_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
     log = tmp_path / "tamiyo.log"
-    with EmbeddedPolicy("heuristic", {"blueprint": "low_rank", "patience": 1}, base_dir=base, log_path=log) as policy:
+    with EmbeddedPolicy("heuristic", {"blueprint": "low_rank", "patience": 4}, base_dir=base, log_path=log) as policy:
         policy.wait_ready()
         policy.wait_ready()
         directory = policy.key_file.parent
@@ -509,7 +510,7 @@ def test_the_embedded_policy_answers_and_leaves_nothing_behind(base: Path, tmp_p
             Path(f"/proc/{policy.pid}/cmdline").read_bytes() + Path(f"/proc/{policy.pid}/environ").read_bytes()
         )
         client = embedded_client(policy)
-        assert ask(client) == "heuristic-1"
+        assert ask(client) == HeuristicPolicy.version
         client.close()
     assert not alive(policy.pid)
     assert not directory.exists()

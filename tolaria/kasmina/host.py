@@ -213,7 +213,8 @@ class Kasmina:
     def _seed_state(self, seed: Seed, learning_rate: Callable[[str], float]) -> SeedState:
         depth = list(self.slots).index(seed.slot)
         if not seed.occupied:
-            return SeedState(seed_id=seed.slot, stage=seed.stage, layer_depth=depth)
+            since = {"boundaries_in_stage": float(seed.boundaries_in_stage)}
+            return SeedState(seed_id=seed.slot, stage=seed.stage, layer_depth=depth, metrics=since)
         return seed_state(seed, depth=depth, gate=self.next_gate(seed), learning_rate=learning_rate(seed.group))
 
     def memento(self) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ def seed_state(seed: Seed, *, depth: int, gate: GateResult | None, learning_rate
         "parameters": float(seed.parameter_count),
         "alpha": seed.alpha_value,
         "boundaries_in_stage": float(seed.boundaries_in_stage),
+        "fine_tuning": float(seed.fine_tuning),
         "gate_ok": float(gate is None or gate.ok),
     }
     measured = {"contribution": evidence.contribution, "contribution_noise": evidence.contribution_noise}

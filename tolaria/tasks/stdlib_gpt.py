@@ -45,15 +45,15 @@ class Windows(Dataset[Any]):
 class Block(nn.Module):
     """One pre-norm transformer block: causal attention, then a perceptron, each added to its input."""
 
-    def __init__(self, features: int, heads: int) -> None:
+    def __init__(self, features: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(features)
         self.qkv = nn.Linear(features, 3 * features, bias=False)
         self.attention_out = nn.Linear(features, features, bias=False)
         self.mlp_norm = nn.LayerNorm(features)
-        self.up = nn.Linear(features, 4 * features)
-        self.down = nn.Linear(4 * features, features)
+        self.up = nn.Linear(features, expansion * features)
+        self.down = nn.Linear(expansion * features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, features) -> the same."""
@@ -69,11 +69,11 @@ class Block(nn.Module):
 class ByteGPT(nn.Module):
     """Embedding of bytes and positions, blocks, and a linear layer to the logits of the next byte."""
 
-    def __init__(self, *, layers: int, features: int, heads: int, context: int) -> None:
+    def __init__(self, *, layers: int, features: int, heads: int, context: int, expansion: int = 4) -> None:
         super().__init__()
         self.bytes = nn.Embedding(VOCABULARY, features)
         self.positions = nn.Embedding(context, features)
-        self.blocks = nn.ModuleList(Block(features, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(features, heads, expansion) for _ in range(layers))
         self.norm = nn.LayerNorm(features)
         self.head = nn.Linear(features, VOCABULARY, bias=False)
         for name, parameter in self.named_parameters():
@@ -139,18 +139,24 @@ def make_task(
     features: int = 128,
     heads: int = 4,
     context: int = 128,
+    expansion: int = 4,
     max_train_bytes: int = 2_000_000,
     max_validation_bytes: int = 200_000,
 ) -> Task:
-    """The task. Slots: middle (after the block in the middle) and last (after the last block)."""
+    """The task. Slots: middle (after the block in the middle) and last (after the last block).
+
+    ``expansion``: inner width of each block's perceptron, in ``features``.
+    """
     if layers < 2 or context < 1:
         raise TaskError(f"task.args.layers={layers}, context={context}: expected 2 or more layers, 1 or more bytes")
+    if expansion < 1:
+        raise TaskError(f"task.args.expansion={expansion}: expected 1 or more")
     if heads < 1 or features % heads:
         raise TaskError(f"task.args.features={features}: expected a multiple of heads={heads}")
     root = Path(sysconfig.get_path("stdlib"))
     train, validation = load_text(root, max_train_bytes, max_validation_bytes)
     return Task(
-        model=ByteGPT(layers=layers, features=features, heads=heads, context=context),
+        model=ByteGPT(layers=layers, features=features, heads=heads, context=context, expansion=expansion),
         loss=loss,
         train=Windows(train, context),
         validation=Windows(validation, context),

@@ -1,19 +1,29 @@
-"""Grow when the validation loss stops falling; keep what helps, remove what does not.
+"""Grow when the validation loss is level beyond its noise; keep what pays, remove what does not.
 
-    plateau -> GERMINATE -> START_TRAINING -> START_GRAFTING -> STABILIZE -> EVALUATE -> FOSSILIZE or CULL
+    level loss -> GERMINATE -> START_TRAINING -> START_GRAFTING -> STABILIZE -> EVALUATE -> FOSSILIZE or CULL
+                                                                               undecided: FINE_TUNE, then judged
 
-One seed at a time and one operation per boundary. It reads only the state that it is given, so a restarted policy
-goes on as the old one would have, provided the trainer sends recent losses (`LOSS_HISTORY`).
+What grows where is chosen by the gradient that a new seed would get, set against what it costs (`worth.offers`). Each
+decision is a function of the packet, so a restarted policy goes on as the old one would have; only a trainer that
+sends no `LOSS_HISTORY` makes it remember losses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text
 from tolaria.leyline.types import Command, FieldReport, SeedOp, SeedStage, SeedState, SystemState
 from tolaria.tamiyo import policy as do
+from tolaria.tamiyo.policies import trend, worth
+from tolaria.tamiyo.policies.trend import Course, Trend
+from tolaria.tamiyo.policies.worth import Offer, Verdict
 from tolaria.tamiyo.policy import Policy, boundary_of
 
 LOSS_HISTORY = "loss_history/"
 """Prefix of training metrics with earlier validation losses: ``loss_history/1`` is one boundary ago."""
+
+HISTORY = 16
+"""So many earlier losses are looked at, at most."""
 
 SLOT_RANK = "slot_rank/"
 """Prefix of training metrics with the per-sample rank of each slot's tensor: 3 image, 2 tokens, 1 vector."""
@@ -24,13 +34,11 @@ BOUNDARIES_LEFT = "boundaries_left"
 CONSERVATIVE = "conservative"
 """Training metric: 1 in conservative mode, when every structural command would be refused."""
 
+AUTO = "auto"
 _BLUEPRINT_OF_RANK = {1: "residual_mlp", 2: "residual_mlp", 3: "conv_residual"}
 
 _NEXT = {
-    SeedStage.GERMINATED: (
-        SeedOp.START_TRAINING,
-        "gradients of the host healthy, {waited} after germination",
-    ),
+    SeedStage.GERMINATED: (SeedOp.START_TRAINING, "gradients of the host healthy, {waited} after germination"),
     SeedStage.TRAINING: (SeedOp.START_GRAFTING, "trained behind the host for {waited}, gradient {norm:.3g}"),
     SeedStage.BLENDING: (SeedOp.STABILIZE, "alpha {alpha:g} after {waited}, validation loss within bounds"),
     SeedStage.SHADOWING: (SeedOp.EVALUATE, "output probed for {waited}: finite and in scale"),
@@ -38,143 +46,235 @@ _NEXT = {
 """What follows once a stage's gate would pass, and why."""
 
 _GROWING = frozenset({*_NEXT, SeedStage.PROBATIONARY})
+_SINCE_CHANGE = {
+    SeedStage.FOSSILIZED: 1, SeedStage.CULLED: 0, SeedStage.EMBARGOED: 1, SeedStage.RESETTING: 1, SeedStage.DORMANT: 2,
+}  # fmt: skip
+"""Losses of the present structure beside those in the slot's stage: PROBATIONARY outputs what FOSSILIZED does, and
+CULLED and RESETTING last a boundary each, in which nothing acts."""
 
 
+_WHOLE = (
+    ("patience", trend.FEWEST, HISTORY), ("seeds_at_once", 1, 256), ("train_boundaries", 1, 10**6),
+    ("blend_boundaries", 1, 10**6), ("payoff_boundaries", 0, 10**6), ("stall_boundaries", 1, 10**6),
+    ("fine_tune_boundaries", 0, 10**6),
+)  # fmt: skip
+_NUMBERS = (
+    ("min_delta", 0.0, 0.99), ("confidence", 0.51, 0.999), ("flops_weight", 0.0, 10.0), ("z", 0.0, 100.0),
+    ("min_contribution", -1e9, 1e9), ("host_share", 0.0, 100.0),
+)  # fmt: skip
+"""Settings with the least and the most that is accepted."""
+
+
+@dataclass(kw_only=True, eq=False)
 class HeuristicPolicy(Policy):
-    """The built-in policy.
+    """The built-in policy. "Boundaries" are its unit of time, losses are the task's (nats in the built-in ones).
 
-    blueprint: name of the blueprint to grow, or "auto": by the shape of the slot's tensor.
-    patience: boundaries over which the loss must have improved.
-    min_delta: smallest improvement that counts, as a share of the loss before.
+    blueprint: name of the blueprint to grow, or "auto": by measured gradient and cost; by the slot's shape if the
+        trainer sends none.
+    patience: boundaries of the shortest trend that is judged, 4 to 16; an unclear one is judged over all it may see.
+    min_delta: the fall of the loss in ``patience`` boundaries that is worth waiting for, as a share of the loss.
+    confidence: probability, one-sided, beyond which a trend is believed.
+    flops_weight: how much a seed's FLOPs count against its gradient when it is chosen; 0: not at all, 1: in full.
+    seeds_at_once: seeds that are germinated together, each in a slot of its own.
     train_boundaries: boundaries a seed trains behind the host before it is grafted.
+    blend_boundaries: boundaries that a graft is expected to take; only for what could not be judged before the end.
+    payoff_boundaries: boundaries that must be left after a seed was judged for it to be worth growing.
     stall_boundaries: boundaries a seed may wait for a gate before it is culled.
-    fine_tune_boundaries: boundaries a probationary seed learns at full weight before it is judged; 0: none.
+    z: standard errors by which a contribution must clear, or miss, what is needed to be decided.
+    fine_tune_boundaries: boundaries that an undecided seed learns at full weight before it is judged again; 0: none.
     min_contribution: validation loss without the seed minus with it that a seed must reach to be kept.
+    host_share: of the loss that the seed's FLOPs would buy by training the host alone for longer, the share that the
+        seed must bring; 0: not compared.
     """
 
-    version = "heuristic-1"
+    version = "heuristic-2"
 
-    def __init__(
-        self,
-        *,
-        blueprint: str = "auto",
-        patience: int = 2,
-        min_delta: float = 0.01,
-        train_boundaries: int = 2,
-        stall_boundaries: int = 6,
-        fine_tune_boundaries: int = 0,
-        min_contribution: float = 0.0,
-    ) -> None:
-        whole = {"patience": (patience, 1), "train_boundaries": (train_boundaries, 1)}
-        whole |= {"stall_boundaries": (stall_boundaries, 1), "fine_tune_boundaries": (fine_tune_boundaries, 0)}
-        for name, (value, least) in whole.items():
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}={value!r}: expected a whole number, {least} or more")
-        if not 0 <= min_delta < 1:
-            raise ValueError(f"min_delta={min_delta!r}: expected 0 <= value < 1")
-        self._blueprint = blueprint
-        self._patience = patience
-        self._min_delta = min_delta
-        self._train_boundaries = train_boundaries
-        self._stall_boundaries = stall_boundaries
-        self._fine_tune_boundaries = fine_tune_boundaries
-        self._min_contribution = min_contribution
-        self._losses: dict[int, float] = {}
+    blueprint: str = AUTO
+    patience: int = 5
+    min_delta: float = 0.03
+    confidence: float = 0.8
+    flops_weight: float = 0.5
+    seeds_at_once: int = 1
+    train_boundaries: int = 2
+    blend_boundaries: int = 3
+    payoff_boundaries: int = 2
+    stall_boundaries: int = 6
+    z: float = 2.0
+    fine_tune_boundaries: int = 2
+    min_contribution: float = 0.0
+    host_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._remembered: dict[int, float] = {}
+        for name, least, most in _WHOLE:
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name}={value!r}: expected a whole number, {least} to {most}")
+        for name, lowest, highest in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
+                raise ValueError(f"{name}={value!r}: expected a number, {lowest:g} to {highest:g}")
+        if not self.blueprint:
+            raise ValueError(f"blueprint={self.blueprint!r}: expected the name of a blueprint, or {AUTO}")
 
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
-        """At most one command for each growing seed, or one GERMINATE when none grows."""
-        self._remember(state)
+        """At most one command for each growing seed, or GERMINATE when none grows."""
+        losses = self._losses(state)
         if state.training_metrics.get(CONSERVATIVE, 0.0) > 0:
             return []
         growing = [seed for seed in state.seeds if seed.stage in _GROWING]
         if growing:
-            commands = [self._advance(seed) for seed in growing]
+            commands = [self._advance(seed, state, losses) for seed in growing]
             return [command for command in commands if command is not None]
-        command = self._grow(state)
-        return [] if command is None else [command]
+        return self._grow(state, losses)
 
-    def _remember(self, state: SystemState) -> None:
-        """Keep the losses of the two windows that `_plateau` compares; after a rollback forget the undone ones."""
+    def _losses(self, state: SystemState) -> list[float]:
+        """Validation losses of consecutive boundaries, newest first: the packet's; remembered ones if it has none."""
+        sent = state.training_metrics
         now = boundary_of(state)
-        window = range(now - 2 * self._patience, now)
-        for back in range(1, 2 * self._patience + 1):
-            loss = state.training_metrics.get(f"{LOSS_HISTORY}{back}")
-            if loss is not None:
-                self._losses[now - back] = loss
-        self._losses = {boundary: loss for boundary, loss in self._losses.items() if boundary in window}
-        self._losses[now] = state.validation_loss
+        if f"{LOSS_HISTORY}1" in sent:
+            self._remembered.clear()
+            earlier = {now - back: sent.get(f"{LOSS_HISTORY}{back}") for back in range(1, HISTORY + 1)}
+        else:
+            # After a rollback the undone ones are forgotten.
+            self._remembered = {b: loss for b, loss in self._remembered.items() if now - HISTORY <= b < now}
+            earlier = dict(self._remembered)
+            self._remembered[now] = state.validation_loss
+        losses = [state.validation_loss]
+        while (loss := earlier.get(now - len(losses))) is not None:
+            losses.append(loss)
+        return losses
 
-    def _plateau(self, now: int) -> str | None:
-        """Why growth is due, or None: the loss still falls, or too little of it was seen."""
-        recent = [self._losses.get(now - back) for back in range(self._patience)]
-        before = [loss for boundary, loss in self._losses.items() if boundary <= now - self._patience]
-        known = [loss for loss in recent if loss is not None]
-        if len(known) < self._patience or not before:
-            return None
-        best, reference = min(known), min(before)
-        if best < reference - self._min_delta * abs(reference):
-            return None
+    # Growing
+
+    def _grow(self, state: SystemState, losses: Sequence[float]) -> list[Command]:
+        free = [seed for seed in state.seeds if seed.stage == SeedStage.DORMANT]
+        left = state.training_metrics.get(BOUNDARIES_LEFT)
+        if not free or (left is not None and left < self._course()):
+            return []
+        reason = self._level(losses[: _settled(state.seeds)])
+        if reason is None:
+            return []
+        chosen = self._choose(free, state)
+        return [do.germinate(o.slot, o.blueprint, reason=_fitting(reason, str(o) if o.score else "")) for o in chosen]
+
+    def _course(self) -> int:
+        """Boundaries that a seed needs from GERMINATE to where it has paid: one each to start training, to be probed
+        and to be judged, beside the stages that last longer."""
+        return 3 + self.train_boundaries + self.blend_boundaries + self.payoff_boundaries
+
+    def _choose(self, free: Sequence[SeedState], state: SystemState) -> list[Offer]:
+        """One offer for each slot that is to grow. Without measured gradients: the first free slots, by their shape."""
+        sent = state.training_metrics
+        if any(key.startswith(worth.SIGNAL) for slot in free for key in slot.metrics):
+            wanted = None if self.blueprint == AUTO else self.blueprint
+            ranked = worth.offers(free, sent, blueprint=wanted, flops_weight=self.flops_weight)
+            return worth.at_once(ranked, self.seeds_at_once, sent.get(worth.BUDGET, float("inf")))
+        chosen = []
+        for slot in free[: self.seeds_at_once]:
+            rank = int(sent.get(f"{SLOT_RANK}{slot.seed_id}", 1))
+            fits = _BLUEPRINT_OF_RANK.get(rank, "residual_mlp") if self.blueprint == AUTO else self.blueprint
+            chosen.append(Offer(slot.seed_id, fits, 0.0, 0, 1.0, 0.0))
+        return chosen
+
+    def _level(self, newest: Sequence[float]) -> str | None:
+        """Why growth is due, or None: the loss still falls, or what was seen of it does not tell."""
+        found = None
+        for points in (self.patience, HISTORY + 1):
+            seen = newest[:points]
+            if len(seen) < self.patience or max(map(abs, seen)) >= MAX_MEASUREMENT:
+                return None
+            found = trend.fit(seen[::-1])
+            worth_having = self.min_delta * abs(found.level)
+            told = trend.course(found, ahead=self.patience, worth=worth_having, confidence=self.confidence)
+            if told == Course.FALLING:
+                return None
+            if told == Course.LEVEL:
+                return self._in_words(found)
+        # All that may be seen does not tell: then what there may be of a fall is not worth more waiting.
+        if found is not None and found.points == HISTORY + 1 and found.fall * self.patience < worth_having:
+            return self._in_words(found)
+        return None
+
+    def _in_words(self, found: Trend) -> str:
+        per = self.patience / abs(found.level) if found.level else 0.0
         return (
-            f"validation loss {best:.4g}, {reference:.4g} before: "
-            f"not {self._min_delta:.1%} better in {_boundaries(self._patience)}"
+            f"loss {found.level:.4g} level: fall {found.fall * per:.1%} +- {found.error * per:.1%} in "
+            f"{self.patience} boundaries, {self.min_delta:.1%} wanted"
         )
 
-    def _grow(self, state: SystemState) -> Command | None:
-        free = [seed for seed in state.seeds if seed.stage == SeedStage.DORMANT]
-        settled = [s.metrics.get("boundaries_in_stage", 0.0) for s in state.seeds if s.stage == SeedStage.FOSSILIZED]
-        if not free or (settled and min(settled) < self._patience):
-            return None
-        left = state.training_metrics.get(BOUNDARIES_LEFT)
-        # One boundary each to train, graft, stabilize, evaluate, and judge, beside the stages that last longer.
-        if left is not None and left < self._train_boundaries + self._fine_tune_boundaries + 5:
-            return None
-        reason = self._plateau(boundary_of(state))
-        if reason is None:
-            return None
-        slot = free[0].seed_id
-        return do.germinate(slot, self._blueprint_for(slot, state), reason=reason)
+    # Growing seeds
 
-    def _blueprint_for(self, slot: str, state: SystemState) -> str:
-        if self._blueprint != "auto":
-            return self._blueprint
-        rank = int(state.training_metrics.get(f"{SLOT_RANK}{slot}", 1))
-        return _BLUEPRINT_OF_RANK.get(rank, "residual_mlp")
-
-    def _advance(self, seed: SeedState) -> Command | None:
+    def _advance(self, seed: SeedState, state: SystemState, losses: Sequence[float]) -> Command | None:
         """The next operation on a growing seed; None: wait."""
         waited = int(seed.metrics.get("boundaries_in_stage", 0.0))
         alpha = seed.metrics.get("alpha", 0.0)
         if seed.stage == SeedStage.PROBATIONARY:
-            return self._judge(seed, waited)
+            return self._judge(seed, waited, state, losses)
         if seed.stage == SeedStage.BLENDING and alpha < 1.0:
             return None
-        trained = seed.stage != SeedStage.TRAINING or waited >= self._train_boundaries
+        trained = seed.stage != SeedStage.TRAINING or waited >= self.train_boundaries
         if trained and seed.metrics.get("gate_ok", 0.0) > 0:
             operation, reason = _NEXT[seed.stage]
             numbers = {"waited": _boundaries(waited), "alpha": alpha, "norm": seed.gradient_norm}
             return do.seed_command(operation, seed.seed_id, reason=reason.format(**numbers))
         return self._cull_if_stalled(seed, waited)
 
-    def _judge(self, seed: SeedState, waited: int) -> Command | None:
+    def _judge(self, seed: SeedState, waited: int, state: SystemState, losses: Sequence[float]) -> Command | None:
         contribution = seed.metrics.get("contribution")
         if contribution is None:
             return self._cull_if_stalled(seed, waited)
-        against = f"contribution {contribution:+.4g}, needed {self._min_contribution:.4g}"
-        if waited < self._fine_tune_boundaries:
-            # A seed without gradient is not being fine-tuned yet; asking again would only repeat the command.
-            return None if seed.gradient_norm > 0 else do.fine_tune(seed.seed_id, reason=against)
-        if contribution < self._min_contribution:
-            return do.cull(seed.seed_id, reason=against)
+        noise = seed.metrics.get("contribution_noise", 0.0)
+        host = self.host_share * self._alternative(seed, state, losses)
+        needed = max(self.min_contribution, host)
+        told = worth.judge(contribution, noise=noise, needed=needed, z=self.z)
+        why = f"contribution {contribution:+.4g} +- {noise:.2g}, needed {needed:.4g}"
+        why += " (what its FLOPs would give the host)" if needed > self.min_contribution else ""
+        last = state.training_metrics.get(BOUNDARIES_LEFT, 2.0) < 2
+        if told == Verdict.UNDECIDED and waited <= self.fine_tune_boundaries and not last:
+            tuned = seed.metrics.get("fine_tuning", float(waited > 1))
+            return None if tuned else do.fine_tune(seed.seed_id, reason=f"{why}: undecided within {self.z:g} errors")
+        if told != Verdict.PAYS:
+            return do.cull(seed.seed_id, reason=why)
         if seed.metrics.get("gate_ok", 0.0) > 0:
-            return do.fossilize(seed.seed_id, reason=against)
+            return do.fossilize(seed.seed_id, reason=why)
         return self._cull_if_stalled(seed, waited)
 
+    def _alternative(self, seed: SeedState, state: SystemState, losses: Sequence[float]) -> float:
+        """What the host would shed for the seed's FLOPs, by its trend before the seed was germinated."""
+        sent = state.training_metrics
+        # The loss at which it was germinated is as many boundaries ago as the seed is old.
+        before = losses[seed.age_epochs : _settled(s for s in state.seeds if s is not seed)][: self.patience]
+        ratio = worth.cost_ratio(seed, sent)
+        if ratio is None or len(before) < self.patience:
+            return 0.0
+        found = trend.fit(before[::-1])
+        certain = found.fall - trend.t_quantile(self.confidence, found.points - 2) * found.error
+        now, left = boundary_of(state), sent.get(BOUNDARIES_LEFT, 0.0)
+        middle = now - seed.age_epochs - (self.patience - 1) / 2
+        return worth.host_alternative(certain, at=max(0.0, middle), end=now + left, left=left, ratio=ratio)
+
     def _cull_if_stalled(self, seed: SeedState, waited: int) -> Command | None:
-        allowed = self._stall_boundaries + (self._train_boundaries if seed.stage == SeedStage.TRAINING else 0)
+        allowed = self.stall_boundaries + (self.train_boundaries if seed.stage == SeedStage.TRAINING else 0)
         if waited < allowed:
             return None
         reason = f"{_boundaries(waited)} in {seed.stage.name} and its gate still refuses"
         return do.cull(seed.seed_id, reason=reason)
+
+
+def _settled(seeds: Iterable[SeedState]) -> int:
+    """How many of the newest losses are those of the present structure, as far as the slots tell; at least 1."""
+    known = [
+        int(seed.metrics["boundaries_in_stage"]) + _SINCE_CHANGE[seed.stage]
+        for seed in seeds
+        if seed.stage in _SINCE_CHANGE and "boundaries_in_stage" in seed.metrics
+    ]
+    return max(1, min(known, default=HISTORY + 1))
+
+
+def _fitting(first: str, second: str) -> str:
+    """Both texts, or as much of them as the wire takes."""
+    return clip_text("; ".join(part for part in (first, second) if part))
 
 
 def _boundaries(number: int) -> str:

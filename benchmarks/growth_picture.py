@@ -1,0 +1,72 @@
+"""The picture of growth.py: report loss against training FLOPs, one panel per problem.
+
+python benchmarks/growth_picture.py growth.json docs/growth.png     draw an earlier run's figures again
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib as mpl
+from growth_sides import SIDES, Point, Result
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+COLOURS = dict(zip(SIDES, ("#7f7f7f", "#d62728", "#1f77b4", "#2f2f2f", "#17becf"), strict=True))
+MARKERS = dict(zip(SIDES, ("o", "D", "s", "^", "v"), strict=True))
+TITLES = {"digits": "handwritten digits, convolutional host", "gpt": "Python source, byte-level GPT"}
+UNITS = {"digits": "nats per image", "gpt": "nats per byte"}
+
+
+def draw(results: Sequence[Result], file: Path) -> None:
+    """Thin lines: one run seed each, at every boundary; markers with bars: mean and standard deviation at the end."""
+    problems = list(dict.fromkeys(r.problem for r in results))
+    figure, axes = plt.subplots(1, len(problems), figsize=(6.4 * len(problems), 4.8), squeeze=False)
+    for axis, problem in zip(axes[0], problems, strict=True):
+        _panel(axis, [r for r in results if r.problem == problem])
+        axis.set_title(TITLES[problem])
+        axis.set_ylabel(f"loss on the report split, {UNITS[problem]}")
+    axes[0][0].legend(fontsize=8, loc="upper right", framealpha=0.95)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _panel(axis: Axes, results: Sequence[Result]) -> None:
+    lowest = min(r.report_loss for r in results)
+    highest = max(r.report_loss for r in results)
+    for side in SIDES:
+        mine = [r for r in results if r.side == side]
+        flops, losses = [r.flops / 1e9 for r in mine], [r.report_loss for r in mine]
+        for result in mine:
+            xs = [point.flops / 1e9 for point in result.points]
+            axis.plot(xs, [p.report_loss for p in result.points], color=COLOURS[side], alpha=0.3, linewidth=0.8)
+        axis.errorbar(
+            mean(flops), mean(losses), xerr=_deviation(flops), yerr=_deviation(losses), label=side, capsize=3, zorder=3,
+            marker=MARKERS[side], color=COLOURS[side], markersize=7, markeredgecolor="white", linestyle="none",
+        )  # fmt: skip
+    axis.set_xlabel("training, GFLOP")
+    axis.set_xscale("log")
+    margin = 0.12 * (highest - lowest)
+    axis.set_ylim(lowest - margin, highest + 1.2 * (highest - lowest))
+    axis.grid(alpha=0.25, which="both")
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw the figures of a JSON file of growth.py."""
+    source, target = map(Path, arguments)
+    runs = json.loads(source.read_text())["runs"]
+    draw([Result(**{**run, "points": [Point(**point) for point in run["points"]]}) for run in runs], target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
