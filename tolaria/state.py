@@ -181,9 +181,9 @@ class TrainState:
         self.kasmina.restore(memento.kasmina)
         self.optimizer, self.optim = memento.optimizer, memento.optim
         load_group_options(self.optimizer, memento.options)
+        self.mode = memento.mode  # before the rates, in whose history the change of mode is
         self.lr.load_state_dict(memento.lr)
         self.tuner.load_state_dict(memento.tuner)
-        self.mode = memento.mode
 
     def after_step(self, *, taken: bool) -> bool:
         """Count one optimizer step, taken or skipped. True if it ended the epoch."""
@@ -220,7 +220,8 @@ class TrainState:
             "kasmina": self.kasmina.state_dict(),
             "lr": self.lr.state_dict(),
             "tuner": self.tuner.state_dict(),
-            "groups": group_options(self.optimizer),
+            # Rates are the LR controller's; what somebody else wrote is no part of the state.
+            "groups": group_options(self.optimizer, rates=False),
             "optimizer": settings_meta(self._configured, self.optim) | {"scalars": state_scalars(self.optimizer)},
             "scaler": dict(self.scaler.state_dict()),
             "mode": asdict(self.mode),
@@ -258,10 +259,10 @@ class TrainState:
         own, saved = _without_optimizer(self.tensors()), _without_optimizer(tensors)
         check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
+        self.mode = Mode(**meta["mode"])
         self.lr.load_state_dict(meta["lr"])
         self.tuner.load_state_dict(meta["tuner"])
         self.scaler.load_state_dict(dict(meta["scaler"]))
-        self.mode = Mode(**meta["mode"])
         load_group_options(self.optimizer, meta["groups"])
         live = self.tensors()
         of_optimizer = {name[6:]: t for name, t in tensors.items() if name.startswith("optim/")}

@@ -237,13 +237,12 @@ class LRController:
     # Memory
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `lr_at` and `apply` depend on besides the arguments given to the constructor; JSON-able."""
+        """All that `lr_at` and `apply` depend on besides the constructor's arguments and the mode; JSON-able."""
         return {
             "groups": {name: asdict(group) for name, group in self._groups.items()},
             "violations": self._violations,
             "next_step": self._next_step,
             "rewarm": list(self._rewarm),
-            "conservative": self._conservative,
             "base_lr": None if self._base_lr == self._configured_lr else self._base_lr,
             "history": [list(change) for change in self._history],
         }
@@ -255,7 +254,6 @@ class LRController:
             history = [LRChange(*entry) for entry in state["history"]]
             violations, next_step = int(state["violations"]), int(state["next_step"])
             rewarm_start, rewarm_steps = map(int, state["rewarm"])
-            conservative = bool(state["conservative"])
             base_lr = self._configured_lr if state["base_lr"] is None else checked_rate(float(state["base_lr"]))
             sound = all(group.is_sound for group in groups.values())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -268,7 +266,6 @@ class LRController:
         self._history = deque(history, maxlen=HISTORY_LENGTH)
         self._found, self._violations, self._next_step = 0, violations, next_step
         self._rewarm = (rewarm_start, rewarm_steps)
-        self._conservative = conservative
 
     def _group(self, name: str) -> _Group:
         if name not in self._groups:

@@ -99,10 +99,10 @@ def copy_tensors(source: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> No
         torch._foreach_copy_([live[name] for name in source], list(source.values()))
 
 
-def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+def group_options(optimizer: Optimizer, *, rates: bool = True) -> list[dict[str, Any]]:
     """Each group's name, parameter names and options (lr, weight_decay, ...), JSON-able, in the groups' order.
 
-    Raises OptimizerStateError for an option that JSON can not hold.
+    ``rates=False`` leaves "lr" out, for whoever computes it anew before each step. Raises OptimizerStateError for an option that JSON can not hold.
     """
     named_parameters(optimizer)
     return [
@@ -112,7 +112,7 @@ def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
             "options": {
                 key: _plain(value, f"option {key!r} of group {group_name(group)!r}")
                 for key, value in options_of(group).items()
-                if key not in MACHINE_KEYS
+                if key not in MACHINE_KEYS and (rates or key != "lr")
             },
         }
         for group in optimizer.param_groups
