@@ -102,7 +102,8 @@ def copy_tensors(source: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> No
 def group_options(optimizer: Optimizer, *, rates: bool = True) -> list[dict[str, Any]]:
     """Each group's name, parameter names and options (lr, weight_decay, ...), JSON-able, in the groups' order.
 
-    ``rates=False`` leaves "lr" out, for whoever computes it anew before each step. Raises OptimizerStateError for an option that JSON can not hold.
+    ``rates=False`` leaves "lr" out, for whoever computes it anew before each step. Raises OptimizerStateError for an
+    option that JSON can not hold.
     """
     named_parameters(optimizer)
     return [
