@@ -32,7 +32,9 @@ GERMINATION = (SeedOp.GERMINATE, "mid")
 
 
 def heuristic(**settings: object) -> HeuristicPolicy:
-    policy = load_policy("heuristic", {"patience": 4, "min_delta": 0.04, "confidence": 0.9, **settings})
+    policy = load_policy(
+        "heuristic", {"patience": 4, "min_delta": 0.04, "confidence": 0.9, "host_share": 1.0, **settings}
+    )
     assert isinstance(policy, HeuristicPolicy)
     return policy
 

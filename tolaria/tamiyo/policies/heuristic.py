@@ -84,7 +84,7 @@ class HeuristicPolicy(Policy):
     fine_tune_boundaries: boundaries that an undecided seed learns at full weight before it is judged again; 0: none.
     min_contribution: validation loss without the seed minus with it that a seed must reach to be kept.
     host_share: of the loss that the seed's FLOPs would buy by training the host alone for longer, the share that the
-        seed must bring; 0: not compared.
+        seed must bring when it is judged, long before it has learned all it will; 0: not compared.
     """
 
     version = "heuristic-2"
@@ -102,7 +102,7 @@ class HeuristicPolicy(Policy):
     z: float = 2.0
     fine_tune_boundaries: int = 2
     min_contribution: float = 0.0
-    host_share: float = 1.0
+    host_share: float = 0.5
 
     def __post_init__(self) -> None:
         self._remembered: dict[int, float] = {}
