@@ -11,7 +11,7 @@ sends no `LOSS_HISTORY` makes it remember losses.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text
+from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text, is_name
 from tolaria.leyline.types import Command, FieldReport, SeedOp, SeedStage, SeedState, SystemState
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import trend, worth
@@ -91,7 +91,7 @@ class HeuristicPolicy(Policy):
 
     blueprint: str = AUTO
     patience: int = 5
-    min_delta: float = 0.03
+    min_delta: float = 0.05
     confidence: float = 0.8
     flops_weight: float = 0.5
     seeds_at_once: int = 1
@@ -114,7 +114,7 @@ class HeuristicPolicy(Policy):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
                 raise ValueError(f"{name}={value!r}: expected a number, {lowest:g} to {highest:g}")
-        if not self.blueprint:
+        if type(self.blueprint) is not str or not is_name(self.blueprint):
             raise ValueError(f"blueprint={self.blueprint!r}: expected the name of a blueprint, or {AUTO}")
 
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
