@@ -74,7 +74,7 @@ class SeedLives:
         entry = SeedRecord(
             slot=seed.slot, blueprint=seed.blueprint, stage="", parameters=seed.parameter_count, alpha=0.0,
             command_id=seed.command_id, born_step=self.state.step, flops=flops,
-            step_ms_before=report.step_ms or None,
+            forward_ms=[], step_ms_before=report.step_ms or None,
         )  # fmt: skip
         return _present(entry, seed)
 
@@ -109,13 +109,13 @@ def _measured(entry: SeedRecord, report: Report, flops: int) -> SeedRecord:
     """The entry with what the interval before a boundary cost and its validation measured."""
     worth = report.worth.get(entry.slot, Worth(math.nan, math.nan))
     known = math.isfinite(worth.contribution)
-    passes = [pair for pair in (entry.pass_ms, worth.pass_ms) if pair is not None]
+    times = [pair for pair in (entry.forward_ms, worth.forward_ms) if pair]
     worked = entry.stage in {stage.name for stage in _AT_WORK} and report.step_ms > 0
     return replace(
         entry,
         contribution=worth.contribution if known else entry.contribution,
         contribution_noise=(worth.noise if math.isfinite(worth.noise) else None) if known else entry.contribution_noise,
-        pass_ms=[min(times) for times in zip(*passes, strict=True)] if passes else None,
+        forward_ms=[min(both) for both in zip(*times, strict=True)],
         train_flops=entry.train_flops + flops,
         step_ms=report.step_ms if worked else entry.step_ms,
     )

@@ -8,19 +8,19 @@ not contain what is common to both passes. Everything travels in one packed floa
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tolaria.data import Loader, Plan, dataset_size, validation_plan
 from tolaria.dist import World
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Gauge
 from tolaria.leyline.types import SeedStage
-from tolaria.objective import weighted_values
-from tolaria.outlook import ForwardCost, GrowthSignal, Signals
+from tolaria.objective import Batch, weighted_values
+from tolaria.outlook import ForwardCost, GrowthSignal, Signals, no_trace
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
@@ -29,6 +29,9 @@ from tolaria.telemetry.meters import Meters
 TRAIN_METERS = ("loss",)
 """What the loop meters between boundaries: the loss of each step taken, this rank's part."""
 
+_TIMED = 5
+"""Forward passes with and without a seed, of which the fastest counts: others on the machine only slow them down."""
+
 PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 
 
@@ -36,13 +39,13 @@ PROBED = (SeedStage.SHADOWING, SeedStage.PROBATIONARY)
 class Worth:
     """What one seed was found to be worth. ``noise``: the standard error of ``contribution``; NaN is unknown.
 
-    ``pass_ms``: milliseconds of a rank's validation with the seed and, right after it, without; the mean over ranks,
-    data included; CPU time on the CPU, wall time on a GPU. None while the seed is only probed.
+    ``forward_ms``: milliseconds of one validation batch's forward pass with the seed and without, taken in turns, the
+    least of each, means over ranks; empty while the seed is only probed.
     """
 
     contribution: float
     noise: float
-    pass_ms: tuple[float, float] | None = None
+    forward_ms: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,6 @@ class Report:
     signals: Signals = field(default_factory=dict)
     flops: int | None = None
     signal_ms: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Sums of all values over this rank's samples, the loss of each of them (float64), and the time it took."""
-
-    sums: dict[str, Tensor]
-    losses: Tensor
-    milliseconds: float
 
 
 class Evaluator:
@@ -116,12 +110,12 @@ class Evaluator:
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
         local["step_ms"] = torch.tensor(step_ms)
-        whole = self._pass(self._plan)
-        local.update({f"val/{name}": value for name, value in whole.sums.items()})
-        local |= {"squares": whole.losses.square().sum(), "pass_ms": torch.tensor(whole.milliseconds)}
+        sums, losses = self._pass(self._plan)
+        local.update({f"val/{name}": value for name, value in sums.items()})
+        local["squares"] = losses.square().sum()
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
-                local.update(self._probe(seed, whole.losses))
+                local.update(self._probe(seed, losses))
         packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
         values = dict(zip(local, packed.tolist(), strict=True))
         report = self._report(values)
@@ -129,11 +123,9 @@ class Evaluator:
         report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
         return replace(report, signal_ms=self.signal.milliseconds)
 
-    def _pass(self, plan: Plan) -> _Pass:
-        cuda, objective = self.world.device.type == "cuda", self.state.objective
-        # On the CPU the time of this process alone: other programs would be in any other.
-        clock = perf_counter if cuda else process_time
-        start = clock()
+    def _pass(self, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums of all values over this rank's samples, and the loss of each, float64."""
+        objective = self.state.objective
         totals: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         with evaluating(objective):
@@ -145,16 +137,37 @@ class Evaluator:
                 losses.append(values["loss"])
                 for name, value in values.items():
                     totals[name] = totals[name] + value.sum() if name in totals else value.sum()
+        return totals, torch.cat(losses)
+
+    def _forward_ms(self, slot: str) -> tuple[float, float]:
+        """Milliseconds of one batch's forward pass with a seed that acts and without, in turns, the least of each."""
+        model, kasmina = self.state.objective.model, self.state.kasmina
+        with_seed, without = [], []
+        with no_trace(self.state, self.world.device), evaluating(self.state.objective):
+            batch = next(iter(self.loader.batches(self.task.validation, self._plan[:1])))
+            for _ in range(_TIMED):
+                with_seed.append(self._timed(model, batch))
+                with kasmina.probing(slot, active=False):
+                    without.append(self._timed(model, batch))
+        return min(with_seed), min(without)
+
+    def _timed(self, model: nn.Module, batch: Batch) -> float:
+        cuda = self.world.device.type == "cuda"
+        start = perf_counter()
+        with self.replica.autocast():
+            model(batch.inputs)
         if cuda:
-            torch.cuda.synchronize(self.world.device)  # the time is that of the device
-        return _Pass(totals, torch.cat(losses), (clock() - start) * 1e3)
+            torch.cuda.synchronize(self.world.device)
+        return (perf_counter() - start) * 1e3
 
     def _probe(self, seed: Seed, losses: Tensor) -> dict[str, Tensor]:
         with self.state.kasmina.probing(seed.slot, active=seed.stage == SeedStage.SHADOWING) as gauge:
-            probed = self._pass(self._plan)
+            sums, probed = self._pass(self._plan)
         key = f"probe/{seed.slot}"
-        found = {f"{key}/loss": probed.sums["loss"], f"{key}/squares": (probed.losses - losses).square().sum()}
-        found[f"{key}/pass_ms"] = torch.tensor(probed.milliseconds)
+        found = {f"{key}/loss": sums["loss"], f"{key}/squares": (probed - losses).square().sum()}
+        if seed.stage == SeedStage.PROBATIONARY:
+            times = map(torch.tensor, self._forward_ms(seed.slot))
+            found.update(zip((f"{key}/ms_with", f"{key}/ms_without"), times, strict=True))
         if isinstance(gauge, Gauge):
             names = (f"{key}/host_squares", f"{key}/seed_squares", f"{key}/non_finite")
             found.update(dict(zip(names, gauge.totals, strict=True)))
@@ -174,12 +187,9 @@ class Evaluator:
         found = {}
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
-                # A seed that is probed is measured at it, and that takes time of its own.
-                probation = seed.stage == SeedStage.PROBATIONARY
-                ranks = self.world.world_size
-                times = values["pass_ms"] / ranks, values[f"probe/{seed.slot}/pass_ms"] / ranks
-                own = times if probation else None
-                found[seed.slot] = Worth(seed.evidence.contribution, seed.evidence.contribution_noise, own)
+                keys = [f"probe/{seed.slot}/{name}" for name in ("ms_with", "ms_without")]
+                times = [values[key] / self.world.world_size for key in keys if key in values]
+                found[seed.slot] = Worth(seed.evidence.contribution, seed.evidence.contribution_noise, times)
         return found
 
     def _update_evidence(self, values: Mapping[str, float], val_loss: float) -> None:

@@ -80,7 +80,7 @@ def test_the_names_and_limits_in_the_text_are_the_codes() -> None:
 def test_the_example_of_a_summary_looks_as_the_report_does() -> None:
     seed = SeedRecord(
         slot="early", blueprint="conv_residual", stage="FOSSILIZED", parameters=1250, alpha=1.0, contribution=0.1142,
-        contribution_noise=0.0159, flops=36_864, train_flops=4_001_000_000, pass_ms=[4.3, 3.9],
+        contribution_noise=0.0159, flops=36_864, train_flops=4_001_000_000, forward_ms=[1.3, 0.9],
     )  # fmt: skip
     for label, text in report.seed_lines(seed):
         assert f"{label.ljust(10)}  {text}\n" in PAGE or f"  {label.ljust(10)}  {text}\n" in PAGE

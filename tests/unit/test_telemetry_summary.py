@@ -142,14 +142,14 @@ def test_the_verdict_on_a_seed_knows_the_noise(gain: float | None, noise: float 
 def test_seed_lines_tell_gain_and_cost() -> None:
     seed = replace(
         SUMMARY.seeds[0], contribution=0.1515, contribution_noise=0.004, flops=138_240, train_flops=27_869_184_000,
-        pass_ms=[12.3456, 3.104],
+        forward_ms=[12.3456, 3.104],
     )  # fmt: skip
     assert list(report.seed_lines(seed)) == [
         ("early", "conv_residual, fossilized, 2,404 parameters"),
         ("  gain", "pays: +0.1515 +- 0.0040 validation loss"),
-        ("  cost", "138 k FLOPs a sample, 27.9 G spent; validation 3.1 -> 12.3 ms"),
+        ("  cost", "138 k FLOPs a sample, 27.9 G spent; forward 3.1 -> 12.3 ms"),
     ]
-    culled = replace(seed, stage="CULLED", ended_in="PROBATIONARY", contribution=-0.02, pass_ms=None, flops=None)
+    culled = replace(seed, stage="CULLED", ended_in="PROBATIONARY", contribution=-0.02, forward_ms=(), flops=None)
     assert list(report.seed_lines(culled)) == [
         ("early", "conv_residual, culled in probationary, 2,404 parameters"),
         ("  gain", "harmful: -0.0200 +- 0.0040 validation loss"),

@@ -61,8 +61,8 @@ def seed_lines(seed: SeedRecord) -> Iterator[tuple[str, str]]:
     costs = []
     if seed.flops is not None:
         costs.append(f"{large(seed.flops)} FLOPs a sample, {large(seed.train_flops)} spent")
-    if seed.pass_ms is not None:
-        costs.append("validation {1:.3g} -> {0:.3g} ms".format(*seed.pass_ms))
+    if seed.forward_ms:
+        costs.append("forward {1:.3g} -> {0:.3g} ms".format(*seed.forward_ms))
     if costs:
         yield "  cost", "; ".join(costs)
 

@@ -57,8 +57,8 @@ class SeedRecord:
     ``contribution_noise``: the standard error of that. None: not measured.
     ``flops``: of one sample's forward pass through the seed, None if unknown. ``train_flops``: what its own forward and
     backward passes took so far, over all ranks (not the second pass through the host of a seed that learns behind it).
-    ``pass_ms``: milliseconds of a validation pass with the seed at work and, right after it, without; data included,
-    CPU time on the CPU, wall time on a GPU, means over ranks, the least of all boundaries at which both were measured.
+    ``forward_ms``: milliseconds of one validation batch's forward pass with the seed at work and without, taken in
+    turns, means over ranks, the least of all that were measured.
     ``step_ms_before``: wall time of a training step, data included, median between the two boundaries before the seed
     was germinated; ``step_ms``: the same between the last two between which it was at work. Means over ranks. What else
     changed between the two is in them as well.
@@ -77,7 +77,7 @@ class SeedRecord:
     ended_in: str = ""
     flops: int | None = None
     train_flops: int = 0
-    pass_ms: Sequence[float] | None = None
+    forward_ms: Sequence[float] = ()
     step_ms_before: float | None = None
     step_ms: float | None = None
 
