@@ -47,7 +47,9 @@ class Problem:
 
 def digits_problem(flags: Sequence[str]) -> Problem:
     """Handwritten digits on a host of two channels: 900 images to train, 450 for the policy, 447 to report."""
-    config = resolve(["--config", str(CONFIGS / "digits.toml"), "--train.batch_size", "64", *COMMON, *flags], {})
+    settings = ["--train.batch_size", "64", "--tamiyo.args.min_delta", "0.1", "--tamiyo.args.seeds_at_once", "2",
+                "--tamiyo.args.train_boundaries", "2", "--tamiyo.args.payoff_boundaries", "2"]  # fmt: skip
+    config = resolve(["--config", str(CONFIGS / "digits.toml"), *COMMON, *settings, *flags], {})
     train, validation = digits.load_split()
     kept, apart = train_test_split(
         range(len(train)), test_size=REPORT_IMAGES, stratify=train.labels, random_state=digits.SPLIT_SEED
