@@ -10,12 +10,15 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib as mpl
+import numpy as np
 from growth_sides import SIDES, Point, Result
+from numpy.typing import NDArray
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+Floats = NDArray[np.float64]
 COLOURS = dict(zip(SIDES, ("#7f7f7f", "#d62728", "#1f77b4", "#2f2f2f", "#17becf"), strict=True))
 MARKERS = dict(zip(SIDES, ("o", "D", "s", "^", "v"), strict=True))
 TITLES = {"digits": "handwritten digits, convolutional host", "gpt": "Python source, byte-level GPT"}
@@ -23,7 +26,7 @@ UNITS = {"digits": "nats per image", "gpt": "nats per byte"}
 
 
 def draw(results: Sequence[Result], file: Path) -> None:
-    """Thin lines: one run seed each, at every boundary; markers with bars: mean and standard deviation at the end."""
+    """Lines: mean over run seeds while they train; markers with bars: mean and standard deviation at the end."""
     problems = list(dict.fromkeys(r.problem for r in results))
     figure, axes = plt.subplots(1, len(problems), figsize=(6.4 * len(problems), 4.8), squeeze=False)
     for axis, problem in zip(axes[0], problems, strict=True):
@@ -37,23 +40,40 @@ def draw(results: Sequence[Result], file: Path) -> None:
 
 
 def _panel(axis: Axes, results: Sequence[Result]) -> None:
-    lowest = min(r.report_loss for r in results)
-    highest = max(r.report_loss for r in results)
+    lowest, highest = (pick(r.report_loss for r in results) for pick in (min, max))
+    top = highest + 0.8 * (highest - lowest)
+    ends = [r.flops / 1e9 for r in results]
+    seen_from = max(ends)
     for side in SIDES:
         mine = [r for r in results if r.side == side]
         flops, losses = [r.flops / 1e9 for r in mine], [r.report_loss for r in mine]
-        for result in mine:
-            xs = [point.flops / 1e9 for point in result.points]
-            axis.plot(xs, [p.report_loss for p in result.points], color=COLOURS[side], alpha=0.3, linewidth=0.8)
+        at, course = _mean_course(mine)
+        axis.plot(at, course, color=COLOURS[side], alpha=0.6, linewidth=1.2)
+        seen_from = min(seen_from, at[np.argmax(course < top)])
         axis.errorbar(
             mean(flops), mean(losses), xerr=_deviation(flops), yerr=_deviation(losses), label=side, capsize=3, zorder=3,
             marker=MARKERS[side], color=COLOURS[side], markersize=7, markeredgecolor="white", linestyle="none",
         )  # fmt: skip
     axis.set_xlabel("training, GFLOP")
-    axis.set_xscale("log")
-    margin = 0.12 * (highest - lowest)
-    axis.set_ylim(lowest - margin, highest + 1.2 * (highest - lowest))
+    if max(ends) > 5 * min(ends):
+        axis.set_xscale("log")
+    axis.set_xlim(0.9 * seen_from, 1.1 * max(ends))
+    axis.set_ylim(lowest - 0.12 * (highest - lowest), top)
     axis.grid(alpha=0.25, which="both")
+
+
+def _mean_course(results: Sequence[Result]) -> tuple[Floats, Floats]:
+    """FLOPs in 1e9, and the mean loss over the runs there, as far as all of them came."""
+    runs = [np.array([(point.flops / 1e9, point.report_loss) for point in r.points]).T for r in results]
+    at = np.geomspace(max(run[0][0] for run in runs), min(run[0][-1] for run in runs), 120)
+    # Between two grid points a long run has many boundaries: their mean, not one of them.
+    courses = [np.interp(at, flops, _smooth(losses, max(1, len(losses) // 60))) for flops, losses in runs]
+    return at, np.mean(courses, axis=0)
+
+
+def _smooth(losses: Floats, width: int) -> Floats:
+    padded = np.pad(losses, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
 def _deviation(values: Sequence[float]) -> float:

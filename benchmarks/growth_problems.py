@@ -47,7 +47,9 @@ class Problem:
 
 def digits_problem(flags: Sequence[str]) -> Problem:
     """Handwritten digits on a host of two channels: 900 images to train, 450 for the policy, 447 to report."""
-    config = resolve(["--config", str(CONFIGS / "digits.toml"), "--train.batch_size", "64", *COMMON, *flags], {})
+    settings = ["--train.batch_size", "64", "--tamiyo.args.min_delta", "0.1", "--tamiyo.args.seeds_at_once", "2",
+                "--tamiyo.args.train_boundaries", "2", "--tamiyo.args.payoff_boundaries", "2"]  # fmt: skip
+    config = resolve(["--config", str(CONFIGS / "digits.toml"), *COMMON, *settings, *flags], {})
     train, validation = digits.load_split()
     kept, apart = train_test_split(
         range(len(train)), test_size=REPORT_IMAGES, stratify=train.labels, random_state=digits.SPLIT_SEED
@@ -60,13 +62,13 @@ def digits_problem(flags: Sequence[str]) -> Problem:
 
 
 def gpt_problem(flags: Sequence[str]) -> Problem:
-    """A byte-level GPT of two layers on the standard library's source."""
-    sizes = ["--task.args.layers", "2", "--task.args.features", "8", "--task.args.heads", "1",
-             "--task.args.expansion", "1", "--task.args.context", "64", "--train.batch_size", "8",
-             "--train.epochs", "1000", "--train.max_steps", "3000", "--train.boundary_steps", "75",
-             "--optim.lr", "0.01", "--lr.warmup_steps", "50", "--lr.seed_warmup_steps", "30",
-             "--kasmina.blend_steps", "150", "--tamiyo.args.patience", "5", "--tamiyo.args.min_delta", "0.03",
-             "--tamiyo.args.train_boundaries", "1", "--tamiyo.args.seeds_at_once", "2"]  # fmt: skip
+    """A byte-level GPT of two thin layers on the standard library's source: 31,168 parameters, 2.5 million bytes."""
+    sizes = ["--task.args.layers", "2", "--task.args.features", "32", "--task.args.heads", "2",
+             "--task.args.expansion", "1", "--task.args.context", "64", "--train.batch_size", "16",
+             "--train.epochs", "1000", "--train.max_steps", "2400", "--train.boundary_steps", "60",
+             "--optim.lr", "0.004", "--lr.warmup_steps", "50", "--lr.seed_warmup_steps", "30",
+             "--kasmina.blend_steps", "120", "--tamiyo.args.patience", "4", "--tamiyo.args.min_delta", "0.1",
+             "--tamiyo.args.train_boundaries", "1", "--tamiyo.args.blend_boundaries", "2"]  # fmt: skip
     config = resolve(["--config", str(CONFIGS / "stdlib_gpt.toml"), *COMMON, *sizes, *flags], {})
     args = {name: int(config.task.args[name]) for name in ("layers", "features", "heads", "context", "expansion")}
     train, validation, report = _windows(Path(sysconfig.get_path("stdlib")), args["context"])

@@ -32,7 +32,9 @@ GERMINATION = (SeedOp.GERMINATE, "mid")
 
 
 def heuristic(**settings: object) -> HeuristicPolicy:
-    policy = load_policy("heuristic", {"patience": 4, "min_delta": 0.04, "confidence": 0.9, **settings})
+    policy = load_policy(
+        "heuristic", {"patience": 4, "min_delta": 0.04, "confidence": 0.9, "host_share": 1.0, **settings}
+    )
     assert isinstance(policy, HeuristicPolicy)
     return policy
 
@@ -421,7 +423,8 @@ def test_every_reason_fits_the_wire_whole() -> None:
         {"confidence": 0.5}, {"confidence": 1.0}, {"confidence": float("nan")}, {"flops_weight": -1},
         {"seeds_at_once": 0}, {"train_boundaries": True}, {"blend_boundaries": 0}, {"payoff_boundaries": -1},
         {"stall_boundaries": 0}, {"z": -0.5}, {"z": True}, {"fine_tune_boundaries": -1},
-        {"min_contribution": float("inf")}, {"host_share": -1.0}, {"blueprint": ""}, {"z": "2"},
+        {"min_contribution": float("inf")}, {"host_share": -1.0}, {"blueprint": ""}, {"blueprint": "a b"},
+        {"blueprint": 3}, {"z": "2"},
     ],
 )  # fmt: skip
 def test_bad_settings_are_named_with_what_is_accepted(args: dict[str, object]) -> None:

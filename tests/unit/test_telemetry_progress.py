@@ -134,6 +134,13 @@ def test_several_seeds_wrap_under_their_column() -> None:
     assert len(shown(lambda p: p.boundary(replace(ROW, seeds=seeds)), width=120)) == 2
 
 
+def test_two_blending_seeds_fit_the_terminal() -> None:
+    seeds = [SeedCell(slot=name, stage="BLENDING", alpha=0.5) for name in ("early", "late")]
+    lines = shown(lambda p: p.boundary(replace(ROW, seeds=seeds)))
+    assert max(map(len, lines)) <= 80
+    assert [line[HEADER.index("seeds") :] for line in lines[-2:]] == ["early blending 0.50", "late blending 0.50"]
+
+
 def test_a_change_of_mode_is_told_and_conservative_mode_stays_visible() -> None:
     def draw(progress: Progress) -> None:
         for mode in ("normal", "conservative", "conservative", "normal"):

@@ -202,7 +202,7 @@ class Progress:
         lines, room = [line], max(20, self._width - SEEDS_COLUMN)
         cells, used = self._seed_cells(row), 0
         for index, (text, style) in enumerate(cells):
-            shown = text if index + 1 == len(cells) else f"{text},"
+            shown = text if index + 1 == len(cells) or len(text) >= room - 1 else f"{text},"
             if used and used + 1 + len(shown) > room:
                 lines.append(Text(" " * SEEDS_COLUMN))
                 used = 0

@@ -11,7 +11,7 @@ sends no `LOSS_HISTORY` makes it remember losses.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text
+from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text, is_name
 from tolaria.leyline.types import Command, FieldReport, SeedOp, SeedStage, SeedState, SystemState
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import trend, worth
@@ -84,14 +84,14 @@ class HeuristicPolicy(Policy):
     fine_tune_boundaries: boundaries that an undecided seed learns at full weight before it is judged again; 0: none.
     min_contribution: validation loss without the seed minus with it that a seed must reach to be kept.
     host_share: of the loss that the seed's FLOPs would buy by training the host alone for longer, the share that the
-        seed must bring; 0: not compared.
+        seed must bring when it is judged, long before it has learned all it will; 0: not compared.
     """
 
     version = "heuristic-2"
 
     blueprint: str = AUTO
     patience: int = 5
-    min_delta: float = 0.03
+    min_delta: float = 0.05
     confidence: float = 0.8
     flops_weight: float = 0.5
     seeds_at_once: int = 1
@@ -102,7 +102,7 @@ class HeuristicPolicy(Policy):
     z: float = 2.0
     fine_tune_boundaries: int = 2
     min_contribution: float = 0.0
-    host_share: float = 1.0
+    host_share: float = 0.5
 
     def __post_init__(self) -> None:
         self._remembered: dict[int, float] = {}
@@ -114,7 +114,7 @@ class HeuristicPolicy(Policy):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
                 raise ValueError(f"{name}={value!r}: expected a number, {lowest:g} to {highest:g}")
-        if not self.blueprint:
+        if type(self.blueprint) is not str or not is_name(self.blueprint):
             raise ValueError(f"blueprint={self.blueprint!r}: expected the name of a blueprint, or {AUTO}")
 
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
