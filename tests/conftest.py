@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faults import matrix
+from tolaria.kasmina import blueprints
 
 MARK = "TOLARIA_TEST_SESSION"  # inherited by everything that a test starts, also once its parent is gone
 GRACE_S = 3.0  # a stopped thread or process may need a moment to be gone
@@ -175,6 +177,28 @@ def restore(before: Held) -> list[str]:
     leaks += [f"thread {thread.name}" for thread in after_grace(new_threads, before)]
     leaks += end_processes(after_grace(new_processes, before))
     return leaks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def blueprints_of_this_file() -> Iterator[None]:
+    """What a file's fixtures register is not there for the next file."""
+    with _same_blueprints():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def blueprints_of_this_test(blueprints_of_this_file: None) -> Iterator[None]:
+    """What a test registers, or a task that it makes, is not there for the next one."""
+    with _same_blueprints():
+        yield
+
+
+@contextmanager
+def _same_blueprints() -> Iterator[None]:
+    before = dict(blueprints._BLUEPRINTS)
+    yield
+    blueprints._BLUEPRINTS.clear()
+    blueprints._BLUEPRINTS.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -123,7 +123,7 @@ def test_the_packet_tells_how_the_samples_of_each_seed_counted(rig: Rig) -> None
     early, late = told(rig, replace(HEALTHY, owners=owners)).seeds
     assert early.metrics.items() >= {"share": 0.25, "shared_norm": MAX_MEASUREMENT, "conflicts": 3.0}.items()
     assert early.metrics["weight"] == pytest.approx(0.1)
-    assert "alpha" in early.metrics and late.metrics == {}
+    assert "alpha" in early.metrics and not {"weight", "share", "shared_norm", "conflicts"} & late.metrics.keys()
 
 
 @pytest.mark.parametrize(
