@@ -9,12 +9,10 @@ The entries of all ranks are equal but for times. A return to an earlier state t
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from tolaria.errors import CommandRefused
-from tolaria.kasmina.candidates import describe_blueprint
+from tolaria.kasmina.candidates import flops_of
 from tolaria.kasmina.growth import learns
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import SeedStage
@@ -68,12 +66,10 @@ class SeedLives:
         return found
 
     def _opened(self, seed: Seed, report: Report) -> SeedRecord:
-        flops = None
-        with suppress(CommandRefused):  # a blueprint may refuse to be built a second time
-            flops = describe_blueprint(seed.blueprint, seed.shape).flops
         entry = SeedRecord(
             slot=seed.slot, blueprint=seed.blueprint, stage="", parameters=seed.parameter_count, alpha=0.0,
-            command_id=seed.command_id, born_step=self.state.step, flops=flops,
+            command_id=seed.command_id, born_step=self.state.step,
+            flops=flops_of(seed.blueprint, seed.shape),
             forward_ms=[], step_ms_before=report.step_ms or None,
         )  # fmt: skip
         return _present(entry, seed)

@@ -62,6 +62,19 @@ def describe_blueprint(name: str, shape: Sequence[int]) -> Description:
     )
 
 
+def flops_of(name: str, shape: Sequence[int]) -> int | None:
+    """Operations of a seed's forward pass over one sample; None where they cannot be counted. Local."""
+    return _flops(get_blueprint(name), tuple(shape))
+
+
+@lru_cache(maxsize=256)
+def _flops(blueprint: Blueprint, shape: tuple[int, ...]) -> int | None:
+    try:
+        return describe_blueprint(blueprint.name, shape).flops
+    except CommandRefused:  # a blueprint may refuse to be built a second time
+        return None
+
+
 def chosen_names(config: KasminaConfig) -> tuple[str, ...]:
     """The blueprints to be measured: those of ``kasmina.candidates``, else all. Raises ConfigError for unknown ones,
     and for more than can be told."""

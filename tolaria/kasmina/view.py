@@ -2,6 +2,7 @@
 
 import math
 
+from tolaria.kasmina.candidates import flops_of
 from tolaria.kasmina.gates import GateResult
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import SeedState
@@ -17,6 +18,8 @@ def seed_state(seed: Seed, *, depth: int, gate: GateResult | None, learning_rate
         "fine_tuning": float(seed.fine_tuning),
         "gate_ok": float(gate is None or gate.ok),
     }
+    flops = flops_of(seed.blueprint, seed.shape)
+    metrics |= {"flops": float(flops)} if flops is not None else {}
     measured = {"contribution": evidence.contribution, "contribution_noise": evidence.contribution_noise}
     norm = evidence.gradient_norms[-1] if evidence.gradient_norms else 0.0
     return SeedState(
