@@ -1,6 +1,6 @@
 """This rank's compiled, data-parallel form of the objective: compile inside, DDP outside, shadows beside.
 
-    sync( Objective.compile() )     host and seeds that act on the output; gradients.py or fused.py reduce what it gives
+    sync( Objective.compile() )     host and seeds that act on the output; gradients/ reduces what it gives
     Shadow twin .compile()          one per TRAINING seed; its own gradients, its own collective
 
 A parameter that comes later is silently never reduced, so every change of structure ends here.
@@ -17,14 +17,14 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
-from tolaria.fused import WEIGHT_FLOOR, WEIGHT_FLOOR_FP16, ProjectedGradients, WeightedGradients
-from tolaria.gradients import DdpGradients, GradientSync, send_from_first
+from tolaria.gradients.fused import WEIGHT_FLOOR, WEIGHT_FLOOR_FP16, ProjectedGradients, WeightedGradients
+from tolaria.gradients.owners import Owners
+from tolaria.gradients.sync import DdpGradients, GradientSync, send_from_first
+from tolaria.gradients.tally import Tally
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
 from tolaria.objective import Batch, Objective
-from tolaria.owners import Owners
 from tolaria.state import TrainState, named_buffers_of
-from tolaria.tally import Tally
 from tolaria.telemetry.events import EventLog
 
 _FINE, _NOT_COMPILED, _BROKEN = range(3)

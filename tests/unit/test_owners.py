@@ -12,10 +12,10 @@ from tolaria.config import DataConfig
 from tolaria.config_aggregate import AggregateConfig
 from tolaria.data import EpochSampler, Loader
 from tolaria.errors import ConfigError, TaskError
+from tolaria.gradients.owners import HOST_ROW, Owners
 from tolaria.kasmina.lifecycle import gradient_weight
 from tolaria.leyline.types import SeedStage
 from tolaria.objective import Batch
-from tolaria.owners import HOST_ROW, Owners
 
 CPU = torch.device("cpu")
 TRAINING = SeedStage.TRAINING

@@ -14,7 +14,7 @@ class Tally:
     """Means of each owner's share and norm, and its conflicts, since the last boundary. Equal on every rank.
 
     ``values``: float64, shape (kinds, 2, owners), sums and how many were summed; owners are rows as in
-    `tolaria.owners`, the host first. Adding does not wait for the device.
+    `tolaria.gradients.owners`, the host first. Adding does not wait for the device.
     """
 
     def __init__(self, slots: Sequence[str], device: torch.device) -> None:

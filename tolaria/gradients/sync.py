@@ -1,9 +1,6 @@
-"""How the gradients of a step come about and become the same on every rank.
+"""What every way to a step's gradients has in common, and the usual one: DDP.
 
-    sum                DdpGradients         one backward pass, DDP reduces while it runs
-    weighted, pcgrad   tolaria/fused.py     into a buffer of our own, which is reduced once
-
-Both are made anew when seeds come or go: a parameter that was added after that is silently never reduced.
+All are made anew when seeds come or go: a parameter that was added after that is silently never reduced.
 """
 
 import inspect
@@ -29,10 +26,7 @@ _SYNC_BUFFERS = (
 
 
 class GradientSync(Protocol):
-    """From the losses of a step's microbatches to the gradients that the optimizer reads. All ranks call it alike.
-
-    module: what runs the forward pass. sends_buffers: whether a step begins by sending rank 0's buffers to all ranks.
-    """
+    """From the losses of a step's microbatches to the gradients that the optimizer reads. All ranks call it alike."""
 
     @property
     def module(self) -> nn.Module:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from tolaria.dist import World
 from tolaria.errors import TaskError
-from tolaria.gradients import send_from_first
+from tolaria.gradients.owners import HOST_ROW, Owners
+from tolaria.gradients.sync import send_from_first
+from tolaria.gradients.tally import Tally
 from tolaria.objective import Batch
 from tolaria.optim.aggregate import (
     combine,
@@ -30,9 +32,7 @@ from tolaria.optim.aggregate import (
     relative_weights,
     rescaling,
 )
-from tolaria.owners import HOST_ROW, Owners
 from tolaria.state import TrainState, named_buffers_of
-from tolaria.tally import Tally
 
 WEIGHT_FLOOR = 2.0**-24
 """Stands for a weight of 0, next to the largest: below the rounding of a float32 sum, and a power of 2, so that taking
