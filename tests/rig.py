@@ -158,7 +158,7 @@ class Rig:
         replica = Replica(state, world, config, events)
         replica.rebuild(first=True)
         seed_rank(config.run.seed, 0, world.global_rank)
-        step = TrainStep(state, replica, events, debug=False, compiled=config.optim.compile_step)
+        step = TrainStep(state, replica, events, debug=False)
         evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
         return cls(config, world, task, state, loader, replica, step, evaluator, events, folder / "events.jsonl")
 

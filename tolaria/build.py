@@ -157,7 +157,7 @@ def _assemble(
             task=task,
             state=state,
             loader=loader,
-            step=TrainStep(state, replica, events, debug=config.train.debug, compiled=config.optim.compile_step),
+            step=TrainStep(state, replica, events, debug=config.train.debug),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,

@@ -24,6 +24,7 @@ from tolaria.gradients.tally import Tally
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
 from tolaria.objective import Batch, Objective
+from tolaria.optim.compiled import CompiledStep
 from tolaria.state import TrainState, named_buffers_of
 from tolaria.telemetry.events import EventLog
 
@@ -40,10 +41,12 @@ class Replica:
         self.config = config
         self.events = events
         self.compiled = config.compile.enabled
+        self.compiled_step = CompiledStep() if config.optim.compile_step else None
         self.shadows: list[tuple[Seed, Objective]] = []
         self.tally = Tally(list(state.kasmina.seeds), world.device)
         self.sync = _make_sync(state, world, config, self.tally)
         self._warm: set[object] = set()
+        self._gave_up = False
         self._moving: set[str] = set()
         self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
         # One code object serves every structure of the run, so dynamo's own limit is far too low.
@@ -64,7 +67,7 @@ class Replica:
         self.sync.close()
         self.shadows = []
         self._settings.close()
-        if self.config.compile.enabled and not self.compiled:
+        if self._gave_up:
             torch.compiler.set_stance("default")
 
     def autocast(self) -> torch.autocast:
@@ -149,17 +152,17 @@ class Replica:
     # Warm-up
 
     def warm_up(self, batch: Batch) -> None:
-        """Compile and check the present structure on one batch, leaving no trace in state, gradients or random streams.
+        """Compile and check structure and optimizer step on one batch; no trace in state, gradients, random streams.
 
         Collective: all ranks call it after a change of structure. A compile failure on any rank puts every rank on
         eager, with an event. Raises TaskError when the model itself fails or a trainable parameter got no gradient.
         """
-        key = (self.state.kasmina.structure(), tuple(self._trained()), len(self.shadows))
+        key = (self.state.kasmina.structure(), tuple(self._trained()), len(self.shadows), type(self.state.optimizer))
         if key in self._warm:
             return
         verdict, reason = self._try_in_turns(batch)
         if verdict == _NOT_COMPILED:
-            self.compiled = False
+            self.compiled, self.compiled_step, self._gave_up = False, None, True
             torch.compiler.set_stance("force_eager")
             self.events.emit("compile_fallback", "warning", reason=reason or "another rank could not compile")
             verdict, reason = self._try_in_turns(batch)
@@ -186,12 +189,14 @@ class Replica:
             # Past its limit dynamo runs eager without a word. Here it is told to fail, so that all ranks do the same.
             with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
                 self._trial(batch)
+                if self.compiled_step is not None:
+                    self.compiled_step.rehearse(self.state.optimizer)
         except TaskError as error:
             return _BROKEN, str(error)
         except FailOnRecompileLimitHit:
             return _NOT_COMPILED, f"more structures than compile.structure_limit={self.config.compile.structure_limit}"
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-            if self.compiled:
+            if self.compiled or self.compiled_step is not None:
                 # Dynamo, inductor and the toolchain fail with these; if it was the model, eager fails next.
                 return _NOT_COMPILED, f"{type(error).__name__}: {str(error).strip()[:300]}"
             if self.config.train.debug:

@@ -21,7 +21,6 @@ from tolaria.fence import Verdict
 from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import CLIP_NORM
 from tolaria.objective import Batch
-from tolaria.optim.compiled import CompiledStep
 from tolaria.optim.lr import VIOLATIONS_TO_OPEN
 from tolaria.replica import Replica
 from tolaria.state import HOST_GROUP, TrainState
@@ -50,14 +49,11 @@ class StepResult:
 class TrainStep:
     """Takes one optimizer step from a group of microbatches. Collective; all ranks call it alike."""
 
-    def __init__(
-        self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool, compiled: bool = False
-    ) -> None:
+    def __init__(self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool) -> None:
         self.state = state
         self.replica = replica
         self.events = events
         self.debug = debug
-        self._compiled = CompiledStep() if compiled else None
         self._alone_until = 0.0
         self._scaler_judged = False
 
@@ -83,14 +79,15 @@ class TrainStep:
         self.state.kasmina.host_norms.add(norms[0])
         for (seed, _), norm, ok in zip(seeds, norms[1:], finite[1:], strict=True):
             seed.norms.add(norm)
-            if seed.group in frozen:
-                _drop_gradients(seed.named_parameters().values())
-            elif not ok:
+            if not ok:
                 self._drop(seed)
+            elif seed.group in frozen:
+                _drop_gradients(seed.named_parameters().values())
             else:
                 _clip(seed.named_parameters().values(), clip_norms[seed.group], norm)
-        # A frozen host's gradient is used for nothing, so it can spoil nothing.
-        taken = finite[0] or HOST_GROUP in frozen
+        # A frozen host's gradient is used for nothing, so it can spoil nothing that a seed learns from a sound one.
+        learns = any(ok and seed.group not in frozen for (seed, _), ok in zip(seeds, finite[1:], strict=True))
+        taken = finite[0] or (HOST_GROUP in frozen and learns)
         if HOST_GROUP in frozen:
             _drop_gradients(self.state.host_parameters.values())
         elif taken:
@@ -158,8 +155,8 @@ class TrainStep:
         if taken:
             for violation in state.lr.apply(state.optimizer, state.step):
                 self.events.emit("lr_violation", "error", **violation._asdict())
-            if self._compiled is not None:
-                self._compiled(state.optimizer)
+            if self.replica.compiled_step is not None:
+                self.replica.compiled_step(state.optimizer)
             elif self._scaler_judged or not state.scaler.is_enabled():
                 state.scaler.step(state.optimizer)
         else:

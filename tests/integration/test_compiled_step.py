@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.optim import Optimizer
 
 from tests.rig import Rig, tiny_config
 from tolaria.config import Config, LRConfig, OptimConfig
 from tolaria.leyline.types import SeedStage
+from tolaria.optim import compiled as compiled_module
 from tolaria.state import Mode
 from tolaria.tamiyo import policy as do
 
@@ -92,8 +94,11 @@ def graphs() -> int:
 
 def test_growth_and_cull_compile_the_steps_of_new_groups_and_of_no_other(tmp_path: Path) -> None:
     with Rig.build(tmp_path, config=config_of("adamw", compiled=True)) as rig:
+        (batch,) = rig.batches()
+        rig.replica.warm_up(batch)  # with a stand-in
+        before = graphs()
         rig.train(2)
-        assert graphs() == 1
+        assert graphs() == before + 1
         for slot in ("early", "late"):
             before = graphs()
             rig.grow(slot, SeedStage.TRAINING)
@@ -112,6 +117,8 @@ def test_another_hyperparameter_compiles_its_group_again_and_takes_effect(tmp_pa
         folder = tmp_path / str(compiled)
         folder.mkdir()
         with Rig.build(folder, config=config_of("sgd", compiled=compiled)) as rig:
+            (batch,) = rig.batches()
+            rig.replica.warm_up(batch)
             rig.train(2)
             before = graphs()
             assert rig.boundary(do.set_optimizer("host", weight_decay=0.1)).outcomes[0].applied
@@ -140,3 +147,24 @@ def test_a_compiled_run_saves_and_loads_what_a_plain_one_does(tmp_path: Path) ->
         resumed.replica.rebuild(first=True)
         resumed.train(2)
         assert resumed.state.digest() == ends
+
+
+def test_a_step_that_can_not_be_compiled_is_taken_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(optimizer: Optimizer) -> None:
+        raise RuntimeError("no compiler here")
+
+    ends = []
+    for name in ("compiled", "plain"):
+        (tmp_path / name).mkdir()
+        with Rig.build(tmp_path / name, config=config_of("sgd", compiled=name == "compiled")) as rig:
+            (batch,) = rig.batches()
+            if name == "compiled":
+                monkeypatch.setattr(compiled_module, "_step", fail)
+            rig.replica.warm_up(batch)
+            assert rig.replica.compiled_step is None
+            told = [event["reason"] for event in rig.told("compile_fallback")]
+            assert told == (["RuntimeError: no compiler here"] if name == "compiled" else [])
+            rig.train(3)
+            ends.append({n: tensor.clone() for n, tensor in rig.state.tensors().items()})
+    for key, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][key], tensor, rtol=1e-5, atol=1e-7)

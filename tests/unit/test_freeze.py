@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.rig import Rig, same_bits, tiny_config
@@ -126,14 +127,38 @@ def poisoned(batch: Batch) -> Batch:
     return Batch(inputs, batch.targets, batch.weights)
 
 
-def test_a_gradient_that_is_none_of_a_frozen_host_skips_no_step(rig: Rig) -> None:
+def test_a_step_without_any_sound_gradient_is_skipped_also_beside_a_frozen_host(rig: Rig) -> None:
     command(rig, do.freeze("host"))
     before = copies(rig)
     (batch,) = rig.batches()
-    assert rig.take_step([poisoned(batch)]).taken
-    assert changed(rig, before) == set()  # the seed's is none either, and dropped
+    assert not rig.take_step([poisoned(batch)]).taken  # the seed's is none either
+    assert changed(rig, before) == set()
     assert rig.take_step([batch]).taken
     assert changed(rig, before) == {"seed", "optim/seed"}
+
+
+def test_a_gradient_that_is_none_of_a_frozen_host_alone_skips_no_step(rig: Rig) -> None:
+    command(rig, do.freeze("host"))
+    before = copies(rig)
+    weight = rig.state.host_parameters["inlet.weight"]
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    assert rig.take_step(rig.batches()).taken
+    hook.remove()
+    assert changed(rig, before) == {"seed", "optim/seed"}
+
+
+@pytest.mark.parametrize("frozen", ["host", "*"])
+def test_a_skipped_step_leaves_running_statistics_also_those_of_what_is_frozen(frozen: str, tmp_path: Path) -> None:
+    with Rig.build(tmp_path, batch_norm=True) as rig:
+        rig.grow(SLOT, SeedStage.BLENDING)
+        command(rig, do.freeze(frozen))
+        (batch,) = rig.batches()
+        rig.replica.warm_up(batch)
+        before = {name: buffer.clone() for name, buffer in rig.state.host_buffers.items()}
+        assert not rig.take_step([poisoned(batch)]).taken
+        assert all(same_bits(rig.state.host_buffers[name], buffer) for name, buffer in before.items())
+        rig.take_step([batch])
+        assert not same_bits(rig.state.host_buffers["norm.running_mean"], before["norm.running_mean"])
 
 
 def test_a_seed_can_be_grown_beside_a_frozen_host(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class FusedGradients:
             send_from_first((b for _, b in named_buffers_of(self.state)), self.world.data_group)
         self._plan(afresh=first or afresh)
 
-    def _plan(self, *, afresh: bool = False) -> None:
+    def _plan(self, *, afresh: bool) -> None:
         trained = [(name, p) for name, p in self.state.objective.named_parameters() if p.requires_grad]
         wanted = [(name, id(p)) for name, p in trained]
         changed = self.owners.plan()
@@ -108,8 +108,7 @@ class FusedGradients:
         self._views = [_views(row, shared) + _views(of_own, own) for row in self._shared.unbind()]
 
     def begin(self) -> None:
-        """Lay the buffer out anew if seeds came or went, and begin to count; rank 0's buffers go to all ranks."""
-        self._plan()
+        """Begin to count; rank 0's buffers go to all ranks."""
         self._tail.zero_()
         if self.sends_buffers:
             send_from_first((b for _, b in named_buffers_of(self.state)), self.world.data_group)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tolaria.optim.groups import blank_like
+from tolaria.optim.groups import blank_like, options_of
 
 _FORM = {"fused": False, "foreach": None}
 """The form of the update that can be compiled; it is taken into one kernel all the same."""
+
+_EXTENTS = (2, 3, 5, 7, 2, 3)
+"""Of the stand-in, as many as the parameter has dimensions."""
 
 # All groups run the same code, of which dynamo compiles only so many forms together; older versions know no other way.
 _APART: dict[str, Any] = (
@@ -26,27 +29,44 @@ _APART: dict[str, Any] = (
 
 
 class CompiledStep:
-    """Steps an optimizer whose groups are named. Local. The first step of each group blocks for its compilation.
+    """Steps an optimizer whose groups are named. Local.
 
-    A change of another hyperparameter than the learning rate compiles that group again, once for each value. Hooks on
-    the optimizer's step are not called.
+    The first step of each group blocks for its compilation. A change of another hyperparameter than the learning rate
+    compiles that group again, once for each value. Hooks on the optimizer's step are not called.
     """
 
     def __init__(self) -> None:
         self._groups: dict[str, _OneGroup] = {}
+        self._rehearsed: set[type[Optimizer]] = set()
 
     def __call__(self, optimizer: Optimizer) -> None:
         """One update of every group that has a gradient; what it changes is what ``optimizer.step()`` would."""
         for group in optimizer.param_groups:
-            if all(parameter.grad is None for parameter in group["params"]):
-                continue
-            own = self._groups.get(group["name"])
-            if own is None or not own.fits(optimizer, group):
-                own = self._groups[group["name"]] = _OneGroup(optimizer, group)
-            own.step(optimizer, group)
+            if any(parameter.grad is not None for parameter in group["params"]):
+                self._of(optimizer, group).step(optimizer, group)
         gone = self._groups.keys() - {group["name"] for group in optimizer.param_groups}
         for name in gone:
             del self._groups[name]
+
+    def rehearse(self, optimizer: Optimizer) -> None:
+        """Compile the step of a small stand-in, to see whether steps of this class can be compiled here; once.
+
+        Raises what torch.compile raises. The optimizer is not touched.
+        """
+        if type(optimizer) in self._rehearsed:
+            return
+        group = optimizer.param_groups[0]
+        stand_in = torch.zeros(_EXTENTS[: group["params"][0].ndim], device=group["params"][0].device)
+        stand_in.grad = torch.zeros_like(stand_in)
+        own = {**options_of(group), **_form_of(group), "params": [stand_in]}
+        torch.compile(_step, dynamic=False, **_APART)(blank_like(optimizer, [own]))
+        self._rehearsed.add(type(optimizer))
+
+    def _of(self, optimizer: Optimizer, group: dict[str, Any]) -> "_OneGroup":
+        own = self._groups.get(group["name"])
+        if own is None or not own.fits(optimizer, group):
+            own = self._groups[group["name"]] = _OneGroup(optimizer, group)
+        return own
 
 
 class _OneGroup:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tolaria.dist import Peers
+from tolaria.optim.persist import group_options
 from tolaria.state import TrainState
 
 _RNG = "random generators"
@@ -126,6 +127,7 @@ class Sentinel:
         facts: dict[str, Any] = {
             "position": [state.step, state.boundary, sampler.epoch, sampler.cursor, state.skipped_steps],
             "learning rates": [state.lr.lr_at(name, state.step) for name in state.lr.groups],
+            "optimizer": [state.optim.name, group_options(state.optimizer, rates=False), state.tuner.state_dict()],
             "mode": [state.mode.name, state.mode.healthy, state.mode.held],
             "gradient scaler": state.scaler.state_dict(),
             "seeds": [(n, s.stage.name, s.blend_position, s.command_id) for n, s in state.kasmina.seeds.items()],
