@@ -70,6 +70,8 @@ class Fault:
             state.sampler.cursor += 1
         elif self.what == "lr":
             state.lr.set_scale("host", 0.5, state.step)
+        elif self.what == "decay":
+            state.optimizer.param_groups[0]["weight_decay"] = 0.3
         elif self.what == "scaler":
             state.scaler.update(new_scale=2.0**40)
         elif self.what == "no page":

@@ -63,6 +63,7 @@ def window(step: int) -> list[int]:
     pytest.param({"what": "draw", "rank": 1}, "random generators", id="random numbers"),
     pytest.param({"what": "sampler", "rank": 1}, "position", id="sampler"),
     pytest.param({"what": "lr", "rank": 0}, "learning rates", id="learning rate"),
+    pytest.param({"what": "decay", "rank": 1}, "optimizer", id="weight decay"),
     pytest.param({"what": "mode", "rank": 1}, "mode", id="mode"),
 ])  # fmt: skip
 def test_a_replica_that_drifts_is_named_and_undone(

@@ -76,10 +76,11 @@ def test_a_token_grows_with_every_alarm(page: Page) -> None:
 @pytest.mark.processes
 def test_many_processes_raise_at_once_and_nothing_is_torn(page: Page) -> None:
     code = (
-        "import sys; from pathlib import Path; from tolaria.recovery.page import Page\n"
+        "import sys, time; from pathlib import Path; from tolaria.recovery.page import Page\n"
         "p = Page.attach(Path(sys.argv[1]), line=int(sys.argv[2]))\n"
-        "for i in range(3000):\n"
-        "    level = 1 + i % 4; p.raise_level(level, str(level) * 100); p.clear()\n"
+        "end, i = time.monotonic() + 1, 0\n"
+        "while time.monotonic() < end or i < 3000:\n"
+        "    i += 1; level = 1 + i % 4; p.raise_level(level, str(level) * 100); p.clear()\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(page.path), str(line)]) for line in (1, 3)]
     seen = set()
