@@ -49,6 +49,20 @@ def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
                 buffer.copy_(kept)
 
 
+@contextmanager
+def unweighted(seam: Tensor | None) -> Iterator[None]:
+    """Every sample counts once: the seam, which holds the weights of the last microbatch, is of ones meanwhile."""
+    if seam is None:
+        yield
+        return
+    kept = seam.clone()
+    seam.fill_(1.0)
+    try:
+        yield
+    finally:
+        seam.copy_(kept)
+
+
 class GrowthSignal:
     """Measures the free slots at a boundary. Collective: all ranks call `measure` together.
 
@@ -115,10 +129,11 @@ class GrowthSignal:
 
     def _pass(self, slots: Iterable[str]) -> dict[str, Passed]:
         batch = self.batch()
-        with tapped(self.state.kasmina.slots, slots) as taps:
+        kasmina = self.state.kasmina
+        with tapped(kasmina.slots, slots) as taps, unweighted(kasmina.seam):
             with self.replica.autocast():
                 # forward by itself is eager: the taps would be compiled for one pass.
-                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
+                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights).sum()
             return passed_through(loss * self.state.scaler.get_scale(), taps)
 
     def _signals(self, slot: str, candidates: list[Candidate], passed: Passed) -> dict[str, float]:

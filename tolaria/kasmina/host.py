@@ -51,6 +51,7 @@ class Kasmina:
         self.budget = Budget(config, bytes_per_parameter)
         self.config = config
         self.device = device
+        self.seam = seam
         self._run_seed = run_seed
         self.host_norms = NormRing(config.gradient_window, device)
         self.seeds = {
