@@ -44,7 +44,7 @@ class Kasmina:
         run_seed: int,
         device: torch.device,
         *,
-        bytes_per_parameter: int = 16,
+        bytes_per_parameter: Callable[[], int],
         seam: Tensor | None = None,
     ) -> None:
         self.slots = dict(slots)
