@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tests.rig import Rig, make_task, same_bits, tiny_config
+from tolaria import outlook
 from tolaria.config import Config, PrecisionConfig
 from tolaria.config_aggregate import AggregateConfig
 from tolaria.errors import ConfigError
@@ -271,6 +272,35 @@ def test_blueprints_of_ones_own_are_measured_and_one_that_fails_is_left_out(rig:
     assert measured["cost/fails"] == 72 and "signal/fails" not in measured
     assert not any(name.endswith(("broken", "huge")) for name in measured)
     assert all(same_bits(now, streams[n]) for n, now in rng_tensors(torch.device("cpu")).items())
+
+
+class Remembers(nn.Linear):
+    """Its output depends on how often it has run."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape[-1], shape[-1])
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.runs += 1
+        return self.runs * super().forward(h)
+
+
+def test_a_newborn_is_built_once_for_all_slots_of_a_shape_and_is_new_in_each(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("remembers", Remembers)
+    rig.evaluator.signal.measure()  # what a blueprint costs is found once in a run
+    built: list[str] = []
+    monkeypatch.setattr(outlook, "newborn", lambda name, *a, **k: built.append(name) or newborn(name, *a, **k))
+    measured = rig.evaluator.signal.measure()
+    names = [name.removeprefix("signal/") for name in measured["early"] if name.startswith("signal/")]
+    assert sorted(built) == sorted(names) == sorted((*BLUEPRINTS, "remembers"))
+    for slot in SLOTS:
+        expected = shadow_gradient(rig, slot, "remembers")
+        assert measured[slot]["signal/remembers"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_pass_that_fails_is_told_and_the_run_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
