@@ -303,6 +303,19 @@ def test_a_newborn_is_built_once_for_all_slots_of_a_shape_and_is_new_in_each(
         assert measured[slot]["signal/remembers"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_where_more_blueprints_fit_than_can_be_told_the_built_in_ones_stay(rig: Rig) -> None:
+    own = [f"{letter}-own" for letter in "abcdefghiz"]
+    for name in own:
+        register(name, lambda shape: nn.Linear(shape[-1], shape[-1]))
+
+    def told() -> set[str]:
+        return {name.removeprefix("cost/") for name in rig.evaluator.signal.measure()["early"] if "cost/" in name}
+
+    assert told() == {*BLUEPRINTS, *own[:5]}
+    rig.replica.config = replace(rig.config, kasmina=replace(rig.config.kasmina, candidates="z-own, low_rank"))
+    assert told() == {"z-own", "low_rank"}
+
+
 def test_a_pass_that_fails_is_told_and_the_run_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")
