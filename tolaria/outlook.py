@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tolaria.config import POLICY_NONE
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -28,8 +29,6 @@ from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState, named_buffers_of
 from tolaria.streams import load_rng_tensors, rng_tensors
 from tolaria.task import Task, users_code
-
-NO_POLICY = "none"
 
 Signals = dict[str, dict[str, float]]
 """Metrics by slot: "signal/<blueprint>", "cost/<blueprint>", "flops/<blueprint>"."""
@@ -81,7 +80,7 @@ class GrowthSignal:
         self.world = world
         chosen_names(replica.config.kasmina)  # a wrong name is told before training starts
         tamiyo = replica.config.tamiyo
-        self._asked = bool(tamiyo.endpoint) or tamiyo.policy != NO_POLICY
+        self._asked = bool(tamiyo.endpoint) or tamiyo.policy != POLICY_NONE
         self.milliseconds = 0.0
 
     def measure(self) -> Signals:
