@@ -13,7 +13,7 @@ import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
-from tolaria.config import Config
+from tolaria.config import POLICY_NONE, Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world, lost_peers
@@ -50,8 +50,6 @@ from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
-
-NO_POLICY = "none"
 
 
 def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSummary:
@@ -236,7 +234,7 @@ def _coordinator(
     sample: Callable[[], Batch],
 ) -> Coordinator:
     client = revive = None
-    if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != NO_POLICY):
+    if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):
         where: dict[str, Any] = {}
         if not config.tamiyo.endpoint:
             embedded = cleanup.enter_context(

@@ -22,6 +22,9 @@ _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "-_.")
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "nadam", "muon")
 """Names that ``optim.name`` takes, beside the import path of a class."""
 
+POLICY_NONE = "none"
+"""``tamiyo.policy`` of a run that nothing steers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:

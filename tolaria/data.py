@@ -183,7 +183,8 @@ class Loader:
 
         Raises TaskError, at the batch in question, for whatever the user's dataset or collate raises.
         """
-        processes = self.config.num_workers
+        # No more of them than batches: a boundary's single batch waits for one to start, not for all.
+        processes = min(self.config.num_workers, len(plan))
 
         def make(start: int) -> DataLoader[Any]:
             return DataLoader(

@@ -14,8 +14,9 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from tolaria.config import POLICY_NONE
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -29,24 +30,40 @@ from tolaria.state import TrainState, named_buffers_of
 from tolaria.streams import load_rng_tensors, rng_tensors
 from tolaria.task import Task, users_code
 
-NO_POLICY = "none"
-
 Signals = dict[str, dict[str, float]]
 """Metrics by slot: "signal/<blueprint>", "cost/<blueprint>", "flops/<blueprint>"."""
 
 
 @contextmanager
-def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
-    """Buffers and random generators are afterwards what they were before."""
-    buffers = [(b, b.clone()) for _, b in named_buffers_of(state)]
-    streams = rng_tensors(device)
+def kept(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """The buffers are afterwards what they were before."""
+    before = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:
-        load_rng_tensors(streams, device)
         with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
+def no_trace(state: TrainState, device: torch.device) -> Iterator[None]:
+    """Buffers and random generators are afterwards what they were before."""
+    streams = rng_tensors(device)
+    with kept(buffer for _, buffer in named_buffers_of(state)):
+        try:
+            yield
+        finally:
+            load_rng_tensors(streams, device)
+
+
+@contextmanager
+def unweighted(seam: Tensor | None) -> Iterator[None]:
+    """Every sample counts once: the seam, which holds the weights of the last microbatch, is of ones meanwhile."""
+    with kept([] if seam is None else [seam]):
+        if seam is not None:
+            seam.fill_(1.0)
+        yield
 
 
 class GrowthSignal:
@@ -63,7 +80,7 @@ class GrowthSignal:
         self.world = world
         chosen_names(replica.config.kasmina)  # a wrong name is told before training starts
         tamiyo = replica.config.tamiyo
-        self._asked = bool(tamiyo.endpoint) or tamiyo.policy != NO_POLICY
+        self._asked = bool(tamiyo.endpoint) or tamiyo.policy != POLICY_NONE
         self.milliseconds = 0.0
 
     def measure(self) -> Signals:
@@ -79,8 +96,9 @@ class GrowthSignal:
         if free and config.measure_signal and self._asked and not self.state.mode.conservative:
             found = {s.slot: c for s in free if (c := candidates_for(s.shape, config, kasmina.room))}
             with no_trace(self.state, self.world.device):
-                for slot, passed in self._passed(found).items():
-                    metrics[slot] = {**_costs(found[slot]), **self._signals(slot, found[slot], passed)}
+                passed = self._passed(found)
+                for slot, signals in self._signals(found, passed).items():
+                    metrics[slot] = {**_costs(found[slot]), **signals}
         self.milliseconds = (perf_counter() - start) * 1e3
         return metrics
 
@@ -115,34 +133,51 @@ class GrowthSignal:
 
     def _pass(self, slots: Iterable[str]) -> dict[str, Passed]:
         batch = self.batch()
-        with tapped(self.state.kasmina.slots, slots) as taps:
+        kasmina = self.state.kasmina
+        with tapped(kasmina.slots, slots) as taps, unweighted(kasmina.seam):
             with self.replica.autocast():
                 # forward by itself is eager: the taps would be compiled for one pass.
-                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights)
+                loss = Objective.forward(self.state.objective, batch.inputs, batch.targets, batch.weights).sum()
             return passed_through(loss * self.state.scaler.get_scale(), taps)
 
-    def _signals(self, slot: str, candidates: list[Candidate], passed: Passed) -> dict[str, float]:
-        """The size of each candidate's gradient over the whole batch of all ranks."""
-        shape = self.state.kasmina.seeds[slot].shape
-        gradients = [self._gradient(candidate, shape, passed) for candidate in candidates]
-        whole = torch.cat(gradients)
-        if self.world.data_group is not None:
-            dist.all_reduce(whole, group=self.world.data_group)
-        whole /= self.world.world_size * self.state.scaler.get_scale()
-        sizes = [
-            torch.linalg.vector_norm(part, dtype=torch.float64) for part in whole.split([len(g) for g in gradients])
-        ]
-        # A boundary may read the device.
-        norms = zip(candidates, torch.stack(sizes).tolist(), strict=True)
-        return {f"signal/{candidate.blueprint}": norm for candidate, norm in norms if math.isfinite(norm)}
+    def _signals(self, found: Mapping[str, list[Candidate]], passed: Mapping[str, Passed]) -> Signals:
+        """The size of each candidate's gradient over the whole batch of all ranks.
 
-    def _gradient(self, candidate: Candidate, shape: tuple[int, ...], passed: Passed) -> Tensor:
-        """This rank's gradient; NaN where the blueprint fails on this rank, which leaves it out on all."""
-        device, name = self.world.device, candidate.blueprint
+        A newborn depends on blueprint and shape alone, so it is built once for all slots; one is held at a time.
+        """
+        alike: dict[tuple[tuple[int, ...], Candidate], list[str]] = {}
+        for slot in passed:
+            for candidate in found[slot]:
+                alike.setdefault((self.state.kasmina.seeds[slot].shape, candidate), []).append(slot)
+        norms: dict[tuple[str, str], Tensor] = {}
+        for (shape, candidate), slots in alike.items():
+            seed = self._newborn(candidate.blueprint, shape)
+            for slot in slots:
+                whole = self._gradient(seed, candidate, passed[slot])
+                if self.world.data_group is not None:
+                    dist.all_reduce(whole, group=self.world.data_group)
+                norms[slot, candidate.blueprint] = torch.linalg.vector_norm(whole, dtype=torch.float64)
+        # A boundary may read the device, once.
+        sizes = torch.stack(list(norms.values())).tolist() if norms else []
+        scale = self.world.world_size * self.state.scaler.get_scale()
+        signals: Signals = {slot: {} for slot in passed}
+        for (slot, blueprint), size in zip(norms, sizes, strict=True):
+            if math.isfinite(size):
+                signals[slot][f"signal/{blueprint}"] = size / scale
+        return signals
+
+    def _newborn(self, name: str, shape: tuple[int, ...]) -> nn.Module | None:
+        """None where the blueprint fails on this rank."""
         with suppress(TaskError), users_code(f"blueprint {name!r}"):
-            seed = newborn(name, shape, run_seed=self.state.sampler.seed, device=device)
-            return birth_gradient(seed, passed, self.replica.autocast)
-        return torch.full((candidate.parameters,), math.nan, device=device)
+            return newborn(name, shape, run_seed=self.state.sampler.seed, device=self.world.device)
+        return None
+
+    def _gradient(self, seed: nn.Module | None, candidate: Candidate, passed: Passed) -> Tensor:
+        """This rank's gradient; NaN where the blueprint fails on this rank, which leaves it out on all."""
+        if seed is not None:
+            with suppress(TaskError), users_code(f"blueprint {candidate.blueprint!r}"), kept(seed.buffers()):
+                return birth_gradient(seed, passed, self.replica.autocast)
+        return torch.full((candidate.parameters,), math.nan, device=self.world.device)
 
 
 class ForwardCost:

@@ -15,7 +15,7 @@ from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
 from tolaria.leyline.limits import is_name
 from tolaria.objective import Batch, Objective
-from tolaria.optim.footprint import bytes_per_parameter
+from tolaria.optim.footprint import Footprint
 from tolaria.optim.lr import LRController
 from tolaria.optim.rebuild import build_optimizer
 from tolaria.optim.tuning import Tuner
@@ -47,9 +47,10 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     seam = torch.ones(config.train.batch_size, device=world.device) if weighted else None
     optim = _optimizer_settings(config.optim, task)
     optimizer = build_optimizer(optim, {HOST_GROUP: host_parameters}, world.device)
+    footprint = Footprint(lambda: state.optimizer)
     kasmina = Kasmina(
         slots, shapes, config.kasmina, config.run.seed, world.device,
-        bytes_per_parameter=bytes_per_parameter(optimizer), seam=seam,
+        bytes_per_parameter=footprint, seam=seam,
     )  # fmt: skip
     sampler = EpochSampler(
         size, seed=config.run.seed, rank=world.global_rank,
@@ -70,6 +71,8 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.precision.amp == "fp16"),
         sampler=sampler,
     )
+    with users_code(f"optim.name={optim.name!r}: a first step(), without a closure,", debug=config.train.debug):
+        footprint()
     return state, optim
 
 

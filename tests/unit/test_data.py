@@ -3,13 +3,15 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from tests.rig import make_task
 from tolaria.config import DataConfig
@@ -20,6 +22,26 @@ from tolaria.task import Task
 CPU = torch.device("cpu")
 sizes = st.integers(1, 70)
 small = st.integers(1, 5)
+
+
+class Crew(Dataset[tuple[Tensor, Tensor]]):
+    """Every sample is the number of loader processes."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        info = get_worker_info()
+        return torch.tensor([info.num_workers if info is not None else 0]), torch.zeros(())
+
+
+@pytest.mark.parametrize(("batches", "processes"), [(1, 1), (2, 2), (4, 2)])
+def test_no_loader_process_is_started_that_would_have_no_batch(batches: int, processes: int) -> None:
+    data = Crew()
+    task = replace(make_task(), train=data)
+    loader = Loader(task, DataConfig(num_workers=2), CPU, lambda *_, **__: None)
+    plan = [([index], [1.0]) for index in range(batches)]
+    assert [int(batch.inputs) for batch in loader.batches(data, plan)] == [processes] * batches
 
 
 def samplers(size: int, world_size: int, batch_size: int, accumulation: int, seed: int = 0) -> list[EpochSampler]:

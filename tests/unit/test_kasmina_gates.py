@@ -27,7 +27,7 @@ PROBED = Evidence(loss_before_graft=2.0, loss_now=2.0, loss_with=1.9, loss_witho
     ],
 )
 def test_g0_is_there_room(parameters: int, grown: int, ok: bool, word: str) -> None:
-    result = gates.g0_sanity(parameters, grown, CONFIG)
+    result = gates.g0_sanity(parameters, grown, CONFIG, bytes_each=16)
     assert (result.gate, result.ok) == (SeedGate.G0_SANITY, ok)
     assert word in result.reason
 

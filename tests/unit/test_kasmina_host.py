@@ -3,16 +3,18 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from tests.rig import Rig, alone, same_bits, tiny_config, way
 from tolaria.config import KasminaConfig, OptimConfig
-from tolaria.errors import CheckpointMismatch, CommandRefused
+from tolaria.errors import CheckpointMismatch, CommandRefused, TaskError
 from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.gates import Evidence
@@ -20,7 +22,8 @@ from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.lifecycle import HOLDS_SEED, MOVES
 from tolaria.kasmina.slot import Active, Blend, Frozen, HostOnly, Slot, StraightThrough
 from tolaria.leyline.types import Command, SeedCommand, SeedOp, SeedStage
-from tolaria.optim.footprint import bytes_per_parameter
+from tolaria.optim import footprint
+from tolaria.optim.footprint import Footprint, bytes_per_parameter
 from tolaria.optim.rebuild import build_optimizer
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
@@ -39,9 +42,14 @@ PAIRS = list(itertools.product(SeedStage, SeedOp))
 def kasmina(config: KasminaConfig = CONFIG) -> Kasmina:
     """Two empty slots whose host is healthy."""
     slots = {name: Slot(name) for name in ("a", "b")}
-    built = Kasmina(slots, dict.fromkeys(slots, SHAPE), config, run_seed=7, device=alone().device)
+    built = Kasmina(slots, dict.fromkeys(slots, SHAPE), config, 7, alone().device, bytes_per_parameter=sixteen)
     built.host_norms.load([1.0, 1.0])
     return built
+
+
+def sixteen() -> int:
+    """Bytes of a parameter with AdamW."""
+    return 16
 
 
 def command(operation: SeedOp, slot: str = "a", **parameters: float) -> Command:
@@ -277,6 +285,50 @@ def test_the_optimizer_tells_what_a_parameter_costs(name: Any, momentum: float, 
     assert not optimizer.state
 
 
+def test_budgets_of_memory_follow_the_optimizer_in_force(tmp_path: Path) -> None:
+    config = replace(tiny_config(max_grown_mb=1000 / 2**20), optim=OptimConfig(name="sgd", momentum=0.0, lr=0.02))
+
+    def left(rig: Rig) -> float:
+        return 1000 - rig.state.kasmina.budget.left(10)["budget_mb"] * 2**20
+
+    with Rig.build(tmp_path, config=config) as rig, Rig.build(tmp_path, config=config) as other:
+        rig.train(1)
+        before = rig.state.memento()
+        assert left(rig) == pytest.approx(10 * 8)
+        assert rig.boundary(do.change_optimizer("adamw", lr=0.01)).outcomes[0].applied
+        assert left(rig) == pytest.approx(10 * 16)
+        # low_rank has 56 parameters: 448 bytes with SGD, 896 with AdamW, and two of them no longer fit.
+        outcomes = rig.boundary(do.germinate("early", "low_rank"), do.germinate("late", "low_rank")).outcomes
+        assert [o.code for o in sorted(outcomes, key=lambda o: o.command_id)] == ["applied", "g0_sanity"]
+        rig.train(1)
+        other.state.load(rig.state.tensors(), rig.state.meta())
+        assert left(other) == pytest.approx(10 * 16)
+        rig.state.restore(before)
+        assert left(rig) == pytest.approx(10 * 8)
+
+
+def test_what_a_parameter_costs_is_found_once_for_each_class_and_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(name: Any, momentum: float, lr: float) -> Optimizer:
+        config, parameters = OptimConfig(name=name, momentum=momentum, lr=lr), {"w": nn.Parameter(torch.zeros(3))}
+        return build_optimizer(config, {"host": parameters}, torch.device("cpu"))
+
+    asked: list[Optimizer] = []
+    monkeypatch.setattr(footprint, "bytes_per_parameter", lambda o: asked.append(o) or bytes_per_parameter(o))
+    kinds = [("sgd", 0.0, 0.1), ("sgd", 0.0, 0.2), ("sgd", 0.9, 0.1), ("adamw", 0.0, 0.1), ("sgd", 0.0, 0.3)]
+    optimizers = [built(*kind) for kind in kinds]
+    present = iter(optimizers)
+    cost = Footprint(lambda: next(present))
+    assert [cost() for _ in optimizers] == [8, 8, 12, 16, 8]
+    assert asked == [optimizers[0], optimizers[2], optimizers[3]]
+
+
+def test_an_optimizer_that_needs_a_closure_is_named_at_the_start(tmp_path: Path) -> None:
+    config = replace(tiny_config(), optim=OptimConfig(name="torch.optim:LBFGS"))
+    told = r"^optim\.name='torch\.optim:LBFGS': a first step\(\), without a closure, raised .*closure"
+    with pytest.raises(TaskError, match=told):
+        Rig.build(tmp_path, config=config)
+
+
 def test_a_cull_gives_its_budget_back() -> None:
     host = at(S.GERMINATED, KasminaConfig(max_grown_parameters=35, gradient_window=2))
     with pytest.raises(CommandRefused, match="max_grown_parameters"):
@@ -378,11 +430,11 @@ def test_a_saved_structure_is_built_again(stage: SeedStage) -> None:
 
 def test_a_saved_structure_of_another_model_is_refused() -> None:
     saved = as_json(at(S.GERMINATED))
-    other = Kasmina({"a": Slot("a")}, {"a": SHAPE}, CONFIG, 7, torch.device("cpu"))
+    other = Kasmina({"a": Slot("a")}, {"a": SHAPE}, CONFIG, 7, torch.device("cpu"), bytes_per_parameter=sixteen)
     with pytest.raises(CheckpointMismatch, match=r"slots \['a', 'b'\], the model has \['a'\]"):
         other.load_state_dict(saved)
     slots = {name: Slot(name) for name in ("a", "b")}
-    wide = Kasmina(slots, {"a": (5,), "b": SHAPE}, CONFIG, 7, torch.device("cpu"))
+    wide = Kasmina(slots, {"a": (5,), "b": SHAPE}, CONFIG, 7, torch.device("cpu"), bytes_per_parameter=sixteen)
     with pytest.raises(CheckpointMismatch, match="'a': shape"):
         wide.load_state_dict(saved)
     saved["seeds"]["a"]["blueprint"] = "from_another_task"

@@ -4,14 +4,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tests.rig import Rig, make_task, same_bits, tiny_config
+from tolaria import outlook
 from tolaria.config import Config, PrecisionConfig
+from tolaria.config_aggregate import AggregateConfig
 from tolaria.errors import ConfigError
 from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import Blueprint
@@ -50,7 +54,7 @@ def shadow_gradient(rig: Rig, slot: str, blueprint: str) -> float:
     twin = make_twin(rig.state.objective, "slots", seed, "residual")
     batch = rig.evaluator.signal.batch()
     with torch.random.fork_rng(devices=[]):
-        twin(batch.inputs, batch.targets, batch.weights).backward()
+        twin(batch.inputs, batch.targets, batch.weights).sum().backward()
     squares = sum(float(p.grad.double().square().sum()) for p in seed.module.parameters() if p.grad is not None)
     seed.module = None
     return math.sqrt(squares)
@@ -87,6 +91,28 @@ def test_in_low_precision_it_is_what_the_seed_gets_there(tmp_path: Path, bluepri
         assert expected != pytest.approx(shadow_gradient(rig, "early", blueprint), rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["weighted", "pcgrad"])
+@pytest.mark.parametrize("at_work", [False, True])
+def test_also_where_the_gradients_of_seeds_are_aggregated(tmp_path: Path, mode: Any, at_work: bool) -> None:
+    config = replace(
+        tiny_config(freeze_fossilized=False), aggregate=AggregateConfig(mode=mode, attribution="kasmina")
+    )  # fmt: skip
+    with Rig.build(tmp_path, config=config) as rig:
+        if at_work:
+            rig.grow("late", SeedStage.FOSSILIZED, "residual_mlp")
+        seam = rig.state.kasmina.seam
+        assert (seam is not None) == (mode == "weighted")
+        if seam is not None:
+            seam.fill_(1e-38)  # what a microbatch left behind; divided by it, a gradient is not finite
+        measured = rig.evaluator.signal.measure()
+        assert rig.told("signal_failed") == []
+        assert set(measured) == ({"early"} if at_work else set(SLOTS))
+        for slot, blueprint in ((s, b) for s in measured for b in BLUEPRINTS):
+            expected = shadow_gradient(rig, slot, blueprint)
+            assert measured[slot][f"signal/{blueprint}"] == pytest.approx(expected, rel=1e-6)
+        assert seam is None or bool((seam == 1e-38).all())
+
+
 def test_the_loss_scale_of_float16_is_not_in_the_signal(rig: Rig) -> None:
     plain = rig.evaluator.signal.measure()
     rig.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -120,6 +146,32 @@ def test_a_slot_that_is_passed_twice_and_worked_on_in_place(tmp_path: Path, blue
     with Rig.build(tmp_path, make=make_reused) as rig:
         measured = rig.evaluator.signal.measure()["early"]
         assert measured[f"signal/{blueprint}"] == pytest.approx(shadow_gradient(rig, "early", blueprint), rel=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations: what passes through the slots passes through them again in the backward pass."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.host, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def make_checkpointed() -> Task:
+    task = make_task()
+    return Task(**{**vars(task), "model": Checkpointed(task.model), "slots": {"late": "host.middle"}})
+
+
+def test_activation_checkpointing_changes_no_signal(tmp_path: Path) -> None:
+    measured = []
+    for make in (make_task, make_checkpointed):
+        with Rig.build(tmp_path, make=make) as rig:
+            measured.append(rig.evaluator.signal.measure())
+            assert rig.told("signal_failed") == []
+    assert set(measured[0]) == set(SLOTS)
+    assert measured[0] == measured[1]
 
 
 def test_costs_are_those_of_the_blueprint(rig: Rig) -> None:
@@ -220,6 +272,48 @@ def test_blueprints_of_ones_own_are_measured_and_one_that_fails_is_left_out(rig:
     assert measured["cost/fails"] == 72 and "signal/fails" not in measured
     assert not any(name.endswith(("broken", "huge")) for name in measured)
     assert all(same_bits(now, streams[n]) for n, now in rng_tensors(torch.device("cpu")).items())
+
+
+class Remembers(nn.Linear):
+    """Its output depends on how often it has run."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape[-1], shape[-1])
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.runs += 1
+        return self.runs * super().forward(h)
+
+
+def test_a_newborn_is_built_once_for_all_slots_of_a_shape_and_is_new_in_each(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("remembers", Remembers)
+    rig.evaluator.signal.measure()  # what a blueprint costs is found once in a run
+    built: list[str] = []
+    monkeypatch.setattr(outlook, "newborn", lambda name, *a, **k: built.append(name) or newborn(name, *a, **k))
+    measured = rig.evaluator.signal.measure()
+    names = [name.removeprefix("signal/") for name in measured["early"] if name.startswith("signal/")]
+    assert sorted(built) == sorted(names) == sorted((*BLUEPRINTS, "remembers"))
+    for slot in SLOTS:
+        expected = shadow_gradient(rig, slot, "remembers")
+        assert measured[slot]["signal/remembers"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_where_more_blueprints_fit_than_can_be_told_the_built_in_ones_stay(rig: Rig) -> None:
+    own = [f"{letter}-own" for letter in "abcdefghiz"]
+    for name in own:
+        register(name, lambda shape: nn.Linear(shape[-1], shape[-1]))
+
+    def told() -> set[str]:
+        return {name.removeprefix("cost/") for name in rig.evaluator.signal.measure()["early"] if "cost/" in name}
+
+    assert told() == {*BLUEPRINTS, *own[:5]}
+    rig.replica.config = replace(rig.config, kasmina=replace(rig.config.kasmina, candidates="z-own, low_rank"))
+    assert told() == {"z-own", "low_rank"}
 
 
 def test_a_pass_that_fails_is_told_and_the_run_goes_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,10 +184,24 @@ def test_the_largest_gain_for_its_cost_is_grown() -> None:
     assert grown((early, late)) == grown((late, early)) == [("early", "conv")]
     assert grown((late,)) == [("late", "mlp")]
     assert grown((late,), blueprint="conv") == [("late", "conv")]
-    assert grown((early,), blueprint="mlp") == []
     assert grown((early, late), seeds_at_once=2) == [("early", "conv"), ("late", "mlp")]
     [offer] = values.offers([early], {"flops_per_sample": 1000.0}, blueprint=None, flops_weight=1.0)
     assert (offer.score, offer.flops, offer.parameters) == (pytest.approx(3.0), 4.0, 400)
+
+
+def test_a_named_blueprint_grows_although_it_was_not_measured() -> None:
+    """Not among kasmina.candidates, or beyond as many as are told of. What was measured and promises nothing stays."""
+    other = {"signal__conv": 0.6, "cost__conv": 400.0}
+    slots = (slot("early", SeedStage.DORMANT, **other), slot("late", SeedStage.DORMANT, **other))
+    assert chosen(course(heuristic(blueprint="mlp"), LEVEL, slots)[-1]) == [("early", "mlp")]
+    both = course(heuristic(blueprint="mlp", seeds_at_once=2), LEVEL, slots)[-1]
+    assert chosen(both) == [("early", "mlp"), ("late", "mlp")]
+    dead = slot("early", SeedStage.DORMANT, **other, signal__mlp=0.0, cost__mlp=100)
+    failed = slot("early", SeedStage.DORMANT, **other, cost__mlp=100)
+    for found in (dead, failed):
+        assert chosen(course(heuristic(blueprint="mlp"), LEVEL, (found, slots[1]))[-1]) == []
+    large = slot("early", SeedStage.DORMANT, **other, signal__mlp=1.0, cost__mlp=100)
+    assert chosen(course(heuristic(blueprint="mlp"), LEVEL, (large,), budget_parameters=99.0)[-1]) == []
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,9 @@ _BLUEPRINTS: dict[str, Blueprint] = dict([
     ),
 ])  # fmt: skip
 
+BUILT_IN = frozenset(_BLUEPRINTS)
+"""The names of those that are there in every run."""
+
 
 def register_blueprint(
     name: str,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tolaria.config import KasminaConfig
 from tolaria.errors import CommandRefused, ConfigError, TaskError
-from tolaria.kasmina.blueprints import Blueprint, blueprint_names, get_blueprint
+from tolaria.kasmina.blueprints import BUILT_IN, Blueprint, blueprint_names, get_blueprint
 from tolaria.kasmina.flops import count_flops
 from tolaria.kasmina.gates import GateResult
 from tolaria.kasmina.growth import build_seed, size_of
@@ -76,22 +76,24 @@ def _flops(blueprint: Blueprint, shape: tuple[int, ...]) -> int | None:
 
 
 def chosen_names(config: KasminaConfig) -> tuple[str, ...]:
-    """The blueprints to be measured: those of ``kasmina.candidates``, else all. Raises ConfigError for unknown ones,
-    and for more than can be told."""
+    """The blueprints to be measured: those of ``kasmina.candidates``, else all, built-in ones first, then by name.
+
+    Raises ConfigError for unknown ones, and for more than can be told.
+    """
     chosen = tuple(name.strip() for name in config.candidates.split(",") if name.strip())
     known = blueprint_names()
     unknown = sorted(set(chosen) - set(known))
     if unknown or len(chosen) > MAX_CANDIDATES:
         wrong = f"unknown {', '.join(unknown)}; known are {', '.join(known)}" if unknown else f"{len(chosen)} names"
         raise ConfigError(f"kasmina.candidates={config.candidates!r}: {wrong}; expected at most {MAX_CANDIDATES} known")
-    return chosen or known
+    return chosen or tuple(sorted(known, key=lambda name: (name not in BUILT_IN, name)))
 
 
 def candidates_for(
     shape: tuple[int, ...], config: KasminaConfig, room: Callable[[int], GateResult]
 ) -> list[Candidate]:  # fmt: skip
-    """The blueprints that GERMINATE would accept at a slot of this per-sample shape; by name, the first
-    `MAX_CANDIDATES`. ``room``: the word of gate G0 on so many parameters. What cannot be built is left out."""
+    """The blueprints that GERMINATE would accept at a slot of this per-sample shape, as `chosen_names` orders them; the
+    first `MAX_CANDIDATES`. ``room``: the word of gate G0 on so many parameters. What cannot be built is left out."""
     found = []
     for name in chosen_names(config):
         blueprint = get_blueprint(name)

@@ -43,7 +43,7 @@ class Evidence:
         return self.loss_without - self.loss_with
 
 
-def g0_sanity(parameters: int, grown: int, config: KasminaConfig, *, bytes_each: int = 16) -> GateResult:
+def g0_sanity(parameters: int, grown: int, config: KasminaConfig, *, bytes_each: int) -> GateResult:
     """Is there room for ``parameters`` more, with ``grown`` parameters of seeds in the model already?
 
     ``bytes_each``: device memory of one trained parameter, with its gradient and optimizer state. Snapshots are not

@@ -44,13 +44,14 @@ class Kasmina:
         run_seed: int,
         device: torch.device,
         *,
-        bytes_per_parameter: int = 16,
+        bytes_per_parameter: Callable[[], int],
         seam: Tensor | None = None,
     ) -> None:
         self.slots = dict(slots)
         self.budget = Budget(config, bytes_per_parameter)
         self.config = config
         self.device = device
+        self.seam = seam
         self._run_seed = run_seed
         self.host_norms = NormRing(config.gradient_window, device)
         self.seeds = {

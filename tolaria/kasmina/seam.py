@@ -12,32 +12,21 @@ import torch
 from torch import Tensor
 
 
-class _IntoSeed(torch.autograd.Function):
-    """Forward: ``f`` itself. Backward: each sample's gradient divided by its weight."""
+class _Reweighted(torch.autograd.Function):
+    """Forward: the value itself. Backward: a sample's gradient divided by its weight, or out of the seed times it."""
 
     @staticmethod
-    def forward(ctx: Any, f: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, weights: Tensor, into_seed: bool) -> Tensor:
         ctx.save_for_backward(weights)
-        return f.view_as(f)
+        ctx.into_seed = into_seed
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
-        return (grads[0] / _along(weights, grads[0])).to(grads[0].dtype), None
-
-
-class _OutOfSeed(torch.autograd.Function):
-    """Forward: ``h`` itself. Backward: each sample's gradient multiplied by its weight."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (weights,) = ctx.saved_tensors
-        return (grads[0] * _along(weights, grads[0])).to(grads[0].dtype), None
+        along = weights.view(-1, *([1] * (grads[0].dim() - 1)))  # (batch, 1, ...), for gradients of (batch, ...)
+        changed = grads[0] / along if ctx.into_seed else grads[0] * along
+        return changed.to(grads[0].dtype), None, None
 
 
 def seed_output(f: Tensor, weights: Tensor | None) -> Tensor:
@@ -45,14 +34,9 @@ def seed_output(f: Tensor, weights: Tensor | None) -> Tensor:
 
     ``weights``: shape (batch,), float32, none of them 0. Read when the backward pass runs.
     """
-    return f if weights is None else _IntoSeed.apply(f, weights)  # type: ignore[no-untyped-call]
+    return f if weights is None else _Reweighted.apply(f, weights, True)  # type: ignore[no-untyped-call]
 
 
 def seed_input(h: Tensor, weights: Tensor | None) -> Tensor:
     """``h``, the input of a seed; the gradient that leaves the seed by it gets the weights of its samples again."""
-    return h if weights is None else _OutOfSeed.apply(h, weights)  # type: ignore[no-untyped-call]
-
-
-def _along(weights: Tensor, gradient: Tensor) -> Tensor:
-    """(batch,) as (batch, 1, ...), to go with a gradient of shape (batch, ...)."""
-    return weights.view(-1, *([1] * (gradient.dim() - 1)))
+    return h if weights is None else _Reweighted.apply(h, weights, False)  # type: ignore[no-untyped-call]

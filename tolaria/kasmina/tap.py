@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def tapped(slots: Mapping[str, Slot], names: Iterable[str]) -> Iterator[dict[str
 
 def passed_through(loss: Tensor, taps: Mapping[str, Tap]) -> dict[str, Sequence[tuple[Tensor, Tensor]]]:
     """(h, v) of every call of every tapped slot; no gradient of any parameter is computed or kept."""
-    handles = [handle for tap in taps.values() for handle in tap.handles]
+    # Copies: with activation checkpointing the backward pass runs the slots again, and the taps note that too.
+    calls = {name: (list(tap.values), list(tap.handles)) for name, tap in taps.items()}
+    handles = [handle for _, of_slot in calls.values() for handle in of_slot]
     gradients = iter(torch.autograd.grad(loss, handles, materialize_grads=True))
-    # zip takes as many gradients as the tap has values.
-    return {name: list(zip(tap.values, gradients, strict=False)) for name, tap in taps.items()}
+    return {name: list(zip(values, islice(gradients, len(values)), strict=True)) for name, (values, _) in calls.items()}

@@ -53,16 +53,14 @@ _SINCE_CHANGE = {
 CULLED and RESETTING last a boundary each, in which nothing acts."""
 
 
-_WHOLE = (
-    ("patience", trend.FEWEST, HISTORY), ("seeds_at_once", 1, 256), ("train_boundaries", 1, 10**6),
-    ("blend_boundaries", 1, 10**6), ("payoff_boundaries", 0, 10**6), ("stall_boundaries", 1, 10**6),
-    ("fine_tune_boundaries", 0, 10**6),
+_BOUNDS = (
+    ("patience", int, trend.FEWEST, HISTORY), ("seeds_at_once", int, 1, 256), ("train_boundaries", int, 1, 10**6),
+    ("blend_boundaries", int, 1, 10**6), ("payoff_boundaries", int, 0, 10**6), ("stall_boundaries", int, 1, 10**6),
+    ("fine_tune_boundaries", int, 0, 10**6), ("min_delta", float, 0.0, 0.99), ("confidence", float, 0.51, 0.999),
+    ("flops_weight", float, 0.0, 10.0), ("z", float, 0.0, 100.0), ("min_contribution", float, -1e9, 1e9),
+    ("host_share", float, 0.0, 100.0),
 )  # fmt: skip
-_NUMBERS = (
-    ("min_delta", 0.0, 0.99), ("confidence", 0.51, 0.999), ("flops_weight", 0.0, 10.0), ("z", 0.0, 100.0),
-    ("min_contribution", -1e9, 1e9), ("host_share", 0.0, 100.0),
-)  # fmt: skip
-"""Settings with the least and the most that is accepted."""
+"""Settings with their type and the least and the most that is accepted; a whole number is a float too."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,7 +68,7 @@ class HeuristicPolicy(Policy):
     """The built-in policy. "Boundaries" are its unit of time, losses are the task's (nats in the built-in ones).
 
     blueprint: name of the blueprint to grow, or "auto": by measured gradient and cost; by the slot's shape if the
-        trainer sends none.
+        trainer sends none. One that is named grows also where it was not measured.
     patience: boundaries of the shortest trend that is judged, 4 to 16; an unclear one is judged over all it may see.
     min_delta: the fall of the loss in ``patience`` boundaries that is worth waiting for, as a share of the loss.
     confidence: probability, one-sided, beyond which a trend is believed.
@@ -106,14 +104,12 @@ class HeuristicPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._remembered: dict[int, float] = {}
-        for name, least, most in _WHOLE:
+        for name, kind, least, most in _BOUNDS:
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name}={value!r}: expected a whole number, {least} to {most}")
-        for name, lowest, highest in _NUMBERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
-                raise ValueError(f"{name}={value!r}: expected a number, {lowest:g} to {highest:g}")
+            # By type, since True is an int.
+            if type(value) not in {int, kind} or not least <= value <= most:
+                what = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name}={value!r}: expected {what}, {least:.10g} to {most:.10g}")
         if type(self.blueprint) is not str or not is_name(self.blueprint):
             raise ValueError(f"blueprint={self.blueprint!r}: expected the name of a blueprint, or {AUTO}")
 
@@ -164,9 +160,12 @@ class HeuristicPolicy(Policy):
         return 3 + self.train_boundaries + self.blend_boundaries + self.payoff_boundaries
 
     def _choose(self, free: Sequence[SeedState], state: SystemState) -> list[Offer]:
-        """One offer for each slot that is to grow. Without measured gradients: the first free slots, by their shape."""
+        """One offer for each slot that is to grow. Without measured gradients, or where the blueprint that is named was
+        not among those measured: the first free slots."""
         sent = state.training_metrics
-        if any(key.startswith(worth.SIGNAL) for slot in free for key in slot.metrics):
+        keys = {key for slot in free for key in slot.metrics}
+        own = {worth.SIGNAL + self.blueprint, worth.COST + self.blueprint}
+        if any(key.startswith(worth.SIGNAL) for key in keys) and (self.blueprint == AUTO or keys & own):
             wanted = None if self.blueprint == AUTO else self.blueprint
             ranked = worth.offers(free, sent, blueprint=wanted, flops_weight=self.flops_weight)
             return worth.at_once(ranked, self.seeds_at_once, sent.get(worth.BUDGET, float("inf")))
