@@ -48,8 +48,8 @@ class TuningConfig:
     """How far commands may take the optimizer, in all and at one boundary. 0, as "off", is no matter of factors."""
 
     lr_factor: float = doc(10.0, "largest factor by which one boundary raises or lowers a group's rate")
-    min_lr: float = doc(1e-10, "smallest rate that may be set")
-    max_lr: float = doc(100.0, "largest rate that may be set; lr.min_scale and lr.max_scale hold besides")
+    min_lr: float = doc(1e-10, "smallest rate that commands may lead to, apart from warm-ups and the like")
+    max_lr: float = doc(100.0, "largest such rate; lr.min_scale and lr.max_scale hold besides")
     min_weight_decay: float = doc(0.0, "smallest weight decay")
     max_weight_decay: float = doc(0.5, "largest weight decay")
     weight_decay_factor: float = doc(10.0, "largest factor on weight decay at one boundary")
