@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from tolaria.config_aggregate import AggregateConfig
-from tolaria.config_fields import doc, require
+from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, doc, require, require_range
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
 
@@ -70,10 +70,8 @@ class TrainConfig:
     debug: bool = doc(False, "one process, eager, anomaly detection")
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "accumulation"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        for key in ("max_steps", "boundary_steps", "clip_norm"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        require_range(self, "train", ONE_OR_MORE, "epochs", "batch_size", "accumulation")
+        require_range(self, "train", NOT_NEGATIVE, "max_steps", "boundary_steps", "clip_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +83,9 @@ class DataConfig:
     validation_batch_size: int = doc(256, "samples per rank and validation batch")
 
     def __post_init__(self) -> None:
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        require(self.timeout_s > 0, "data.timeout_s", self.timeout_s, "more than 0")
-        require(self.validation_batch_size >= 1, "data.validation_batch_size", self.validation_batch_size, "1 or more")
+        require_range(self, "data", NOT_NEGATIVE, "num_workers")
+        require_range(self, "data", POSITIVE, "timeout_s")
+        require_range(self, "data", ONE_OR_MORE, "validation_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +125,8 @@ class OptimConfig:
         known = self.name in OPTIMIZERS or all(self.name.partition(":"))
         require(known, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}, or package.module:Class")
         require(0 < self.lr <= 100, "optim.lr", self.lr, "more than 0, at most 100")
-        require(0 <= self.weight_decay < 1, "optim.weight_decay", self.weight_decay, "0 <= value < 1")
-        for key in ("beta1", "beta2", "momentum"):
-            require(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "0 <= value < 1")
-        require(self.eps > 0, "optim.eps", self.eps, "more than 0")
+        require_range(self, "optim", BELOW_ONE, "weight_decay", "beta1", "beta2", "momentum")
+        require_range(self, "optim", POSITIVE, "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +153,15 @@ class KasminaConfig:
     candidates: str = doc("", "blueprints that are measured, with commas between; empty: all that fit")
 
     def __post_init__(self) -> None:
-        for key in ("blend_steps", "gradient_window", "max_seed_parameters", "max_grown_parameters"):
-            require(getattr(self, key) >= 1, f"kasmina.{key}", getattr(self, key), "1 or more")
-        for key in ("output_ratio", "max_loss_ratio"):
-            require(getattr(self, key) > 0, f"kasmina.{key}", getattr(self, key), "more than 0")
-        for key in ("embargo_boundaries", "min_certainty", "max_seed_mb", "max_grown_mb"):
-            require(getattr(self, key) >= 0, f"kasmina.{key}", getattr(self, key), "0 or more")
+        require_range(
+            self, "kasmina", ONE_OR_MORE,
+            "blend_steps", "gradient_window", "max_seed_parameters", "max_grown_parameters",
+        )  # fmt: skip
+        require_range(self, "kasmina", POSITIVE, "output_ratio", "max_loss_ratio")
+        require_range(
+            self, "kasmina", NOT_NEGATIVE,
+            "embargo_boundaries", "min_certainty", "max_seed_mb", "max_grown_mb",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +186,10 @@ class TamiyoConfig:
     def __post_init__(self) -> None:
         for key in ("deadline_ms", "resend_ms", "probe_deadline_ms"):
             require(1 <= getattr(self, key) <= 600_000, f"tamiyo.{key}", getattr(self, key), "1 to 600000")
-        for key in ("breaker_failures", "breaker_rest", "breaker_successes", "healthy_boundaries",
-                    "observation_boundaries"):  # fmt: skip
-            require(getattr(self, key) >= 1, f"tamiyo.{key}", getattr(self, key), "1 or more")
+        require_range(
+            self, "tamiyo", ONE_OR_MORE,
+            "breaker_failures", "breaker_rest", "breaker_successes", "healthy_boundaries", "observation_boundaries",
+        )  # fmt: skip
         require(
             not self.endpoint or self.endpoint.startswith(("ipc://", "tcp://")),
             "tamiyo.endpoint", self.endpoint, "ipc://PATH or tcp://HOST:PORT",
@@ -210,8 +210,8 @@ class DistConfig:
     def __post_init__(self) -> None:
         for key in ("timeout_s", "control_timeout_s"):
             require(1 <= getattr(self, key) <= 86400, f"dist.{key}", getattr(self, key), "1 to 86400")
-        require(self.threads >= 0, "dist.threads", self.threads, "0 or more")
-        require(self.growth_bucket_mb >= 1, "dist.growth_bucket_mb", self.growth_bucket_mb, "1 or more")
+        require_range(self, "dist", NOT_NEGATIVE, "threads")
+        require_range(self, "dist", ONE_OR_MORE, "growth_bucket_mb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class LogConfig:
     straggler_ratio: float = doc(3.0, "a rank's own time of so many times the others' is told; 0: not")
 
     def __post_init__(self) -> None:
-        require(self.interval_steps >= 1, "log.interval_steps", self.interval_steps, "1 or more")
+        require_range(self, "log", ONE_OR_MORE, "interval_steps")
         ratio = self.straggler_ratio
         require(ratio == 0 or ratio > 1, "log.straggler_ratio", ratio, "0 or more than 1")
 

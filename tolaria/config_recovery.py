@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tolaria.config_fields import doc, require
+from tolaria.config_fields import NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, doc, require, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,9 @@ class CheckpointConfig:
     good_after: int = doc(2, "healthy boundaries until a checkpoint counts as good")
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        require_range(self, "checkpoint", NOT_NEGATIVE, "every")
         require(self.keep >= 2, "checkpoint.keep", self.keep, "2 or more")
-        require(self.good_after >= 0, "checkpoint.good_after", self.good_after, "0 or more")
+        require_range(self, "checkpoint", NOT_NEGATIVE, "good_after")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,18 @@ class RecoveryConfig:
     halt_wait_s: float = doc(60.0, "seconds that a halted run waits to be cleared before it saves and leaves")
 
     def __post_init__(self) -> None:
-        for key in ("snapshot_steps", "snapshot_memory_mb", "rewarm_steps", "drift_steps", "halt_wait_s"):
-            require(getattr(self, key) >= 0, f"recovery.{key}", getattr(self, key), "0 or more")
+        require_range(
+            self, "recovery", NOT_NEGATIVE,
+            "snapshot_steps", "snapshot_memory_mb", "rewarm_steps", "drift_steps", "halt_wait_s",
+        )  # fmt: skip
         require(1 <= self.snapshots <= 5, "recovery.snapshots", self.snapshots, "1 to 5")
         for key in ("spike_ratio", "collapse_ratio"):
             require(getattr(self, key) > 1, f"recovery.{key}", getattr(self, key), "more than 1")
-        for key in ("spike_window", "spike_min_losses", "non_finite_steps", "attempts", "attempt_steps",
-                    "command_boundaries", "prepare_ms", "commit_ms", "confirm_ms", "drift_mb"):  # fmt: skip
-            require(getattr(self, key) >= 1, f"recovery.{key}", getattr(self, key), "1 or more")
+        require_range(
+            self, "recovery", ONE_OR_MORE,
+            "spike_window", "spike_min_losses", "non_finite_steps", "attempts", "attempt_steps", "command_boundaries",
+            "prepare_ms", "commit_ms", "confirm_ms", "drift_mb",
+        )  # fmt: skip
         require(
             self.spike_min_losses <= self.spike_window, "recovery.spike_min_losses", self.spike_min_losses,
             f"at most recovery.spike_window={self.spike_window}",
@@ -73,5 +77,7 @@ class WatchdogConfig:
     restore_s: float = doc(120.0, "one return to an earlier state")
 
     def __post_init__(self) -> None:
-        for key in ("heartbeat_s", "start_s", "compile_s", "step_s", "boundary_s", "save_s", "restore_s"):
-            require(getattr(self, key) > 0, f"watchdog.{key}", getattr(self, key), "more than 0")
+        require_range(
+            self, "watchdog", POSITIVE,
+            "heartbeat_s", "start_s", "compile_s", "step_s", "boundary_s", "save_s", "restore_s",
+        )  # fmt: skip

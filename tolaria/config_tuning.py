@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tolaria.config_fields import doc, require
+from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, SHARE, doc, require, require_range
 
 POLICIES = ("constant", "linear", "cosine", "step", "wsd", "seed_warmup", "morpho_adaptive", "frozen")
 
@@ -29,11 +29,9 @@ class LRConfig:
     max_scale: float = doc(10.0, "largest total factor that commands may reach")
 
     def __post_init__(self) -> None:
-        for key in ("warmup_steps", "decay_steps", "seed_warmup_steps"):
-            require(getattr(self, key) >= 0, f"lr.{key}", getattr(self, key), "0 or more")
-        require(self.step_every >= 1, "lr.step_every", self.step_every, "1 or more")
-        for key in ("final_ratio", "step_factor", "wsd_decay_share", "seed_ratio"):
-            require(0 <= getattr(self, key) <= 1, f"lr.{key}", getattr(self, key), "0 to 1")
+        require_range(self, "lr", NOT_NEGATIVE, "warmup_steps", "decay_steps", "seed_warmup_steps")
+        require_range(self, "lr", ONE_OR_MORE, "step_every")
+        require_range(self, "lr", SHARE, "final_ratio", "step_factor", "wsd_decay_share", "seed_ratio")
         for pattern, policy in self.group_policies.items():
             require(policy in POLICIES, f"lr.group_policies.{pattern}", policy, f"one of {', '.join(POLICIES)}")
         require(
@@ -48,8 +46,8 @@ class TuningConfig:
     """How far commands may take the optimizer, in all and at one boundary. 0, as "off", is no matter of factors."""
 
     lr_factor: float = doc(10.0, "largest factor by which one boundary raises or lowers a group's rate")
-    min_lr: float = doc(1e-10, "smallest rate that may be set")
-    max_lr: float = doc(100.0, "largest rate that may be set; lr.min_scale and lr.max_scale hold besides")
+    min_lr: float = doc(1e-10, "smallest rate that commands may lead to, apart from warm-ups and the like")
+    max_lr: float = doc(100.0, "largest such rate; lr.min_scale and lr.max_scale hold besides")
     min_weight_decay: float = doc(0.0, "smallest weight decay")
     max_weight_decay: float = doc(0.5, "largest weight decay")
     weight_decay_factor: float = doc(10.0, "largest factor on weight decay at one boundary")
@@ -67,16 +65,12 @@ class TuningConfig:
     undo_depth: int = doc(64, "commands that can be undone, the newest ones")
 
     def __post_init__(self) -> None:
-        for key in ("lr_factor", "weight_decay_factor", "clip_norm_factor"):
-            require(getattr(self, key) >= 1, f"tuning.{key}", getattr(self, key), "1 or more")
-        for key in ("beta_change", "momentum_change"):
-            require(0 <= getattr(self, key) <= 1, f"tuning.{key}", getattr(self, key), "0 to 1")
-        require(self.undo_depth >= 1, "tuning.undo_depth", self.undo_depth, "1 or more")
-        require(self.min_lr > 0, "tuning.min_lr", self.min_lr, "more than 0")
-        require(self.min_clip_norm >= 0, "tuning.min_clip_norm", self.min_clip_norm, "0 or more")
+        require_range(self, "tuning", ONE_OR_MORE, "lr_factor", "weight_decay_factor", "clip_norm_factor", "undo_depth")
+        require_range(self, "tuning", SHARE, "beta_change", "momentum_change")
+        require_range(self, "tuning", POSITIVE, "min_lr")
+        require_range(self, "tuning", NOT_NEGATIVE, "min_clip_norm")
         for name in ("weight_decay", "beta1", "beta2", "momentum"):
-            for key in (f"min_{name}", f"max_{name}"):
-                require(0 <= getattr(self, key) < 1, f"tuning.{key}", getattr(self, key), "0 <= value < 1")
+            require_range(self, "tuning", BELOW_ONE, f"min_{name}", f"max_{name}")
         for name in ("lr", "weight_decay", "clip_norm", "beta1", "beta2", "momentum"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             require(low <= high, f"tuning.max_{name}", high, f"at least tuning.min_{name}={low:g}")

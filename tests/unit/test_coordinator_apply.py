@@ -333,12 +333,36 @@ def test_a_breaker_command_opens_and_closes_conservative_mode(rig: Rig) -> None:
     assert only(carry_out(rig, signed(do.germinate("early", "low_rank")))).applied
 
 
-def test_a_reply_is_judged_by_the_mode_in_which_it_was_given(rig: Rig) -> None:
-    applied = carry_out(rig, signed(do.conservative(True), do.scale_lr("host", 2.0), do.germinate("early", "low_rank")))
-    assert codes(applied) == {"c0": "applied", "c1": "applied", "c2": "applied"}
+STRUCTURE_AND_SPEED = [
+    do.scale_lr("host", 1.01), do.germinate("early", "low_rank"), do.set_optimizer("host", clip_norm=2.0),
+    do.change_optimizer("sgd", lr=0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", STRUCTURE_AND_SPEED, ids=["lr", "growth", "clip_norm", "class"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_reply_that_enters_conservative_mode_is_judged_by_it_in_any_order(
+    rig: Rig, command: Command, first: bool
+) -> None:
+    pair = [do.conservative(True), command]
+    found = codes(carry_out(rig, signed(*(pair if first else reversed(pair)))))
+    assert found.pop("c0" if first else "c1") == "applied"
+    (code,) = found.values()
+    assert code.endswith("conservative")
     assert rig.state.mode.conservative
+
+
+def test_a_reply_that_leaves_conservative_mode_is_still_judged_by_it(rig: Rig) -> None:
+    rig.state.mode = CONSERVATIVE
     applied = carry_out(rig, signed(do.conservative(False), do.scale_lr("host", 2.0), do.cull("early")))
     assert codes(applied) == {"c0": "applied", "c1": "lr_increase_conservative", "c2": "conservative"}
+    assert not rig.state.mode.conservative
+
+
+def test_a_wish_for_conservative_mode_that_is_refused_judges_nothing(rig: Rig) -> None:
+    wish = encode_command(with_identity(do.conservative(True), "c0", issued_by="test", issued_at_ns=1))
+    applied = carry_out(rig, [*signed(do.scale_lr("host", 1.5)), wish])
+    assert [outcome.code for outcome in applied.outcomes] == ["duplicate_id", "applied"]
     assert not rig.state.mode.conservative
 
 
@@ -377,7 +401,7 @@ def test_when_one_rank_cannot_follow_every_rank_is_back_where_it_was(rig: Rig, p
     rig.boundary()
     optimizer_before, before = rig.state.optimizer, rig.state.digest()
     commands = [do.germinate("early", "low_rank"), do.start_grafting("late"), do.scale_lr("host", 0.5),
-                do.conservative(True), do.pause()]  # fmt: skip
+                do.conservative(False), do.pause()]  # fmt: skip
     applied = carry_out(rig, signed(*commands), peers=peers)
     assert codes(applied) == {"c0": code, "c1": code, "c2": code, "c3": code, "c4": "unsupported"}
     assert not applied.structure_changed

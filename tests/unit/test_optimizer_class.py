@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.optimizers import OWN, failing_at
 from tests.rig import CLASSES, FEATURES, WIDTH, Rig, host_momentum, make_task, tiny_config
-from tolaria.config import LRConfig, OptimConfig
+from tolaria.config import LRConfig, OptimConfig, TuningConfig
 from tolaria.coordinator import apply
 from tolaria.errors import ConfigError
 from tolaria.kasmina.blueprints import register_blueprint
@@ -48,8 +48,10 @@ REFUSED: list[tuple[Command, str, str]] = [
     (do.change_optimizer("sgd", momentum=0.5), "lr_missing", "give 'lr'"),
     (bare("sgd", lr=0.1, beta1=0.5), "unknown_parameter", "beta1"),
     (bare("sgd", lr=0.1, lr_scale=0.5), "unknown_parameter", "lr_scale"),
-    (do.change_optimizer("sgd", lr=0.0), "optimizer_unfit", "optim.lr"),
-    (do.change_optimizer("sgd", lr=0.1, weight_decay=1.5), "optimizer_unfit", "optim.weight_decay"),
+    (do.change_optimizer("sgd", lr=0.0), "out_of_bounds", "tuning.min_lr"),
+    (do.change_optimizer("sgd", lr=101), "out_of_bounds", "at most 100 (tuning.max_lr)"),
+    (do.change_optimizer("sgd", lr=0.1, weight_decay=0.75), "out_of_bounds", "tuning.max_weight_decay"),
+    (do.change_optimizer("sgd", lr=0.1, momentum=0.9999), "out_of_bounds", "tuning.max_momentum"),
     (do.change_optimizer("adam", momentum=0.5), "optimizer_unfit", "no momentum"),
     (do.change_optimizer("muon", lr=0.1), "optimizer_unfit", "matrices only"),
 ]
@@ -69,6 +71,41 @@ def test_what_can_not_be_done_is_refused_with_a_code_and_changes_nothing(
 def test_no_other_optimizer_in_conservative_mode(rig: Rig) -> None:
     rig.state.mode = Mode(conservative=True, reason="policy: timeout", held=True)
     assert codes(rig, do.change_optimizer("sgd", lr=0.1)) == ["conservative"]
+
+
+def bounded(tmp_path: Path, **bounds: float) -> Rig:
+    return Rig.build(tmp_path, config=replace(tiny_config(), tuning=replace(TuningConfig(), **bounds)))
+
+
+def test_a_new_class_keeps_the_bounds_of_every_setting(tmp_path: Path) -> None:
+    with bounded(tmp_path, max_lr=0.05, max_momentum=0.8, min_weight_decay=0.001) as rig:
+        for settings in ({"lr": 50.0}, {"momentum": 0.85}, {"weight_decay": 0.0}):
+            assert codes(rig, do.change_optimizer("sgd", **{"lr": 0.05} | settings)) == ["out_of_bounds"]
+        assert rig.state.optim.name == "adamw"
+        assert codes(rig, do.change_optimizer("sgd", lr=0.05, momentum=0.8, weight_decay=0.001)) == ["applied"]
+
+
+def test_a_new_rate_keeps_the_bound_of_each_group_with_what_commands_did_to_it(tmp_path: Path) -> None:
+    with bounded(tmp_path, max_lr=0.1) as rig:
+        assert codes(rig, do.scale_lr("host", 3.0)) == ["applied"]
+        (outcome,) = rig.apply(do.change_optimizer("sgd", lr=0.09)).outcomes
+        assert outcome.code == "out_of_bounds"
+        assert "lr of 'host' 0.06 -> 0.27: allowed at most 0.1 (tuning.max_lr)" in outcome.reason
+        assert codes(rig, do.change_optimizer("sgd", lr=0.03)) == ["applied"]
+
+
+def test_settings_are_the_numbers_that_were_written_not_their_32_bit_form(rig: Rig) -> None:
+    assert codes(rig, do.change_optimizer("sgd", lr=0.1, momentum=0.9, weight_decay=0.003)) == ["applied"]
+    group = rig.state.optimizer.param_groups[0]
+    assert (rig.state.optim.lr, group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.003)
+
+
+def test_undo_does_not_reach_back_over_a_change_of_class(rig: Rig) -> None:
+    assert codes(rig, do.scale_lr("host", 0.5)) == ["applied"]
+    assert codes(rig, do.change_optimizer("sgd", lr=0.1)) == ["applied"]
+    before = rig.state.digest()
+    assert codes(rig, do.undo()) == ["nothing_to_undo"]
+    assert rig.state.digest() == before
 
 
 def test_the_class_changes_once_at_a_boundary(rig: Rig) -> None:

@@ -261,9 +261,95 @@ def test_a_rate_that_was_set_goes_on_in_proportion_to_the_schedule() -> None:
 
 def test_a_rate_can_not_be_set_where_the_schedule_is_at_zero() -> None:
     on = bench(lr=LRConfig(policy="constant", seed_policy="frozen"))
-    refusal = on.refused("seed/a", lr=0.1)
+    assert on.refused("seed/a", lr=0.1).code == "frozen_by_policy"
+    ended = bench(lr=LRConfig(policy="linear", final_ratio=0.0))
+    ended.step = 99
+    refusal = ended.refused("host", lr=0.1)
     assert refusal.code == "bad_parameter"
     assert "schedule is at 0" in str(refusal)
+    ended.tune("host", lr_scale=0.5)
+
+
+BRAKES = LRConfig(policy="linear", final_ratio=0.0, warmup_steps=20, seed_warmup_steps=40, conservative_factor=0.25)
+
+
+@pytest.mark.parametrize("seed_policy", ["seed_warmup", "morpho_adaptive"])
+@pytest.mark.parametrize("step", [0, 5, 30, 60])
+@pytest.mark.parametrize("conservative", [False, True])
+def test_a_rate_that_was_set_under_a_brake_is_never_exceeded_when_the_brake_is_off(
+    seed_policy: Any, step: int, conservative: bool
+) -> None:
+    on, free = (bench(lr=replace(BRAKES, seed_policy=seed_policy)) for _ in range(2))
+    on.step = free.step = step
+    on.lr.rewarm(step, 10)
+    on.lr.set_conservative(conservative)
+    before = {name: on.lr.lr_at(name, step) for name in GROUPS}
+    on.tune("*", lr=0.02)
+    scales = on.rates()
+    for name in GROUPS:  # the brakes go on as if nothing had been set
+        assert on.lr.lr_at(name, step) == pytest.approx(before[name] * scales[name][0], rel=1e-12)
+        on.lr.set_progress(name, 1.0)
+    on.lr.set_conservative(False)
+    for name in GROUPS:
+        assert max(on.lr.lr_at(name, later) for later in range(step, 100)) <= 0.02 * (1 + 1e-12)
+    free.tune("*", lr=0.02)
+    assert free.rates() == scales
+
+
+def test_the_rate_without_brakes_is_the_one_that_was_set() -> None:
+    on = bench(lr=replace(BRAKES, final_ratio=1.0))
+    on.lr.rewarm(0, 10)
+    on.tune("*", lr=0.02)
+    assert [on.lr.lr_at(name, 50) for name in GROUPS] == pytest.approx([0.02] * 3, rel=1e-12)
+
+
+def test_a_factor_keeps_the_bounds_of_the_rate_too() -> None:
+    on = bench(config=TuningConfig(min_lr=0.04, max_lr=0.15))
+    refusal = on.refused("host", lr_scale=2)
+    assert (refusal.code, str(refusal)) == (
+        "out_of_bounds", "lr of 'host' 0.1 -> 0.2: allowed at most 0.15 (tuning.max_lr)",
+    )  # fmt: skip
+    assert "tuning.min_lr" in str(on.refused("host", lr_scale=0.3))
+    on.tune("host", lr_scale=1.5)
+    assert on.refused("host", lr_scale=1.1).code == "out_of_bounds"
+
+
+def test_the_bound_holds_for_the_rate_without_its_brakes_whichever_way_it_is_set() -> None:
+    on = bench(config=TuningConfig(max_lr=0.15), lr=LRConfig(policy="constant", conservative_factor=0.1))
+    on.lr.rewarm(0, 10)
+    on.lr.set_conservative(True)
+    assert on.refused("*", lr_scale=2).code == on.refused("*", lr=0.2).code == "out_of_bounds"
+
+
+def test_a_factor_may_bring_a_rate_nearer_to_bounds_that_the_start_did_not_keep() -> None:
+    high, low = bench(config=TuningConfig(max_lr=0.01)), bench(config=TuningConfig(min_lr=0.5))
+    high.tune("host", lr_scale=0.5)
+    low.tune("host", lr_scale=2)
+    assert high.refused("host", lr_scale=1.1).code == low.refused("host", lr_scale=0.9).code == "out_of_bounds"
+
+
+@pytest.mark.parametrize("values", [{"lr": 0.1}, {"lr_scale": 0.5}, {"freeze": 0}])
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (LRConfig(seed_policy="frozen"), "lr.seed_policy"),
+        (LRConfig(group_policies={"seed/a": "frozen"}), "lr.group_policies.seed/a"),
+        (LRConfig(group_policies={"seed/*": "frozen", "seed/a": "constant"}), "lr.group_policies.seed/*"),
+    ],
+)
+def test_what_does_nothing_to_a_group_that_its_policy_freezes_is_refused_and_the_key_named(
+    values: dict[str, float], config: LRConfig, key: str
+) -> None:
+    on = bench(lr=config)
+    refusal = on.refused("seed/a", **values)
+    assert refusal.code == "frozen_by_policy"
+    assert f"its policy is frozen ({key})" in str(refusal)
+    assert on.refused("seed/a", weight_decay=0.02, **values).code == "frozen_by_policy"
+    others = {name for name in GROUPS if not on.lr.frozen_by(name)}
+    changed = on.tune("*", weight_decay=0.02, **values).changes
+    assert {change.group for change in changed if change.key != "weight_decay"} == others
+    assert {change.group for change in changed if change.key == "weight_decay"} == set(GROUPS)
+    on.tune("seed/a", freeze=1)
 
 
 def test_what_is_set_while_a_group_is_frozen_counts_after_it() -> None:
@@ -289,6 +375,46 @@ def test_conservative_mode_refuses_faster_learning_in_every_form() -> None:
     assert on.refused("seed/a", undo=1, conservative=True).code == "thaw_conservative"
     on.tune("host", lr=0.04, weight_decay=0.02, conservative=True)
     on.tune("seed/b", freeze=1, conservative=True)
+
+
+FASTER = [
+    (SGD, "momentum", 0.9, 0.95), (AdamW, "beta1", 0.9, 0.95), (AdamW, "beta2", 0.999, 0.95),
+    (AdamW, "clip_norm", 1.0, 2.0), (AdamW, "clip_norm", 1.0, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "key", "slow", "fast"), FASTER)
+def test_conservative_mode_refuses_larger_steps_by_other_means_and_takes_the_way_back(
+    cls: type[Optimizer], key: str, slow: float, fast: float
+) -> None:
+    on = bench(cls, replace(LOOSE, min_clip_norm=0.0), **({"momentum": 0.9} if cls is SGD else {}))
+    refusal = on.refused("host", conservative=True, **{key: fast})
+    assert refusal.code == "faster_conservative"
+    assert str(refusal).startswith(f"{key} of 'host' {slow:g} -> {fast:g}: ")
+    on.tune("host", **{key: fast})
+    on.tune("host", conservative=True, **{key: slow})
+    assert on.refused("host", undo=1, conservative=True).code == "faster_conservative"
+
+
+def first_step_after(**betas: float) -> float:
+    """How far AdamW, which met ten gradients of 1, goes on the eleventh with these betas."""
+    on = bench(weight_decay=0.0)
+    weight = on.optimizer.param_groups[0]["params"][0]
+    for step in range(11):
+        if step == 10:
+            before = float(weight.detach()[0, 0])
+            on.tune("host", **betas)
+        weight.grad = torch.ones_like(weight)
+        on.optimizer.step()
+    return before - float(weight.detach()[0, 0])
+
+
+def test_the_betas_that_conservative_mode_refuses_are_those_that_make_steps_larger() -> None:
+    plain = first_step_after(beta1=0.9)
+    assert first_step_after(beta1=0.95) > 1.5 * plain
+    assert first_step_after(beta2=0.95) > 1.5 * plain
+    assert first_step_after(beta1=0.85) < plain
+    assert first_step_after(beta2=0.9999) < plain
 
 
 # Undo
@@ -335,12 +461,18 @@ def test_undo_is_not_bound_by_bounds_that_the_start_did_not_keep() -> None:
     assert on.options() == start
 
 
-def test_a_group_that_is_gone_and_options_of_another_class_are_not_gone_back_to() -> None:
+def test_a_group_that_is_gone_is_not_gone_back_to() -> None:
     on = bench()
-    on.tune("*", weight_decay=0.02, freeze=1)
+    on.tune("*", freeze=1)
     on.tuner.forget("seed/a")
-    on.tuner.class_changed()
     assert on.plan("*", undo=1).changes == (Change("host", "freeze", 1.0, 0.0), Change("seed/b", "freeze", 1.0, 0.0))
+
+
+def test_a_change_of_class_ends_what_can_be_undone() -> None:
+    on = bench()
+    on.tune("*", weight_decay=0.02, freeze=1, lr_scale=0.5)
+    on.tuner.class_changed()
+    assert on.refused("*", undo=1).code == "nothing_to_undo"
 
 
 def test_what_can_be_undone_is_saved_and_damage_is_refused() -> None:

@@ -1,6 +1,7 @@
 """How a decision takes effect: on all ranks at one step, or on none.
 
-plan      each rank checks every command against its own state; refused ones fall out, with the reason
+plan      each rank checks every command against its own state and the stricter of the mode before and after; refused
+          ones fall out, with the reason
 vote      do all ranks plan the same?                      no -> nothing is applied
 apply     structure, optimizer groups, LR, DDP wrapper
 vote      did it work everywhere?                          no -> every rank returns to the state before
@@ -13,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TypeAlias
 
-from tolaria.coordinator.decision import next_mode, refusal
+from tolaria.coordinator.decision import judging_mode, next_mode, refusal
 from tolaria.coordinator.optimizer_class import change_class, check_class, check_seed, names_class
 from tolaria.dist import Peers
 from tolaria.errors import CommandRefused, MessageRejected, PeerLost, TolariaError
@@ -99,7 +101,7 @@ def apply_decision(
     """
     result = Applied(decision, mode_before=state.mode)
     with result.timed("check"):
-        plan = _make_plan(decision, state, result)
+        plan = _make_plan(decision, state, result, healthy_boundaries)
         # Not the verdict alone is compared but what led to it: two ranks may accept different commands.
         same = len(set(peers.gather_digests(_plan_digest(decision, result)))) == 1
     if not same:
@@ -129,23 +131,20 @@ def _enter_mode(
         state.lr.reset_integrity()
 
 
-def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
+def _make_plan(decision: Decision, state: TrainState, result: Applied, healthy_boundaries: int) -> _Plan:
     moves: list[PlannedMove] = []
     tunings: list[Tuning] = []
     classes: list[OptimizerCommand] = []
     breakers: list[BreakerCommand] = []
     accepted: list[Command] = []
     touched: set[str] = set()
-    ids: set[str] = set()
-    for position, raw in enumerate(decision.commands):
-        command = None
+    received = list(_read(decision))
+    mode = _judging_mode(decision, state, received, healthy_boundaries)
+    for name, command in received:
         try:
-            command = decode_command(raw)
-            if command.command_id in ids:
-                command = None  # its outcome must not be taken for that of the command which has the id
-                raise CommandRefused("duplicate_id", "another command of this reply has the same command_id")
-            ids.add(command.command_id)
-            _check_command(command, state, touched)
+            if not isinstance(command, Command):
+                raise command
+            _check_command(command, mode, touched)
             if command.command_type == CommandType.SEED:
                 planned = sum(p.numel() for m in moves if m.module is not None for p in m.module.parameters())
                 move = state.kasmina.plan(command, already_planned=planned)
@@ -154,10 +153,10 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
                 touched.add(command.target_seed_id)
             elif isinstance(command.payload, OptimizerCommand):
                 if names_class(command.payload) and not tunings:
-                    touched |= check_class(command.payload, state, touched)
+                    touched |= check_class(command.payload, state, touched, mode)
                     classes.append(command.payload)
                 elif not names_class(command.payload) and not classes:
-                    tunings.append(_plan_tuning(command.command_id, command.payload, state, touched))
+                    tunings.append(_plan_tuning(command.command_id, command.payload, state, touched, mode))
                     touched |= tunings[-1].touched
                 else:
                     # What one is planned against the other replaces.
@@ -166,8 +165,8 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
                 breakers.append(command.payload)
             accepted.append(command)
         except (CommandRefused, MessageRejected) as error:
-            name = command.command_id if command is not None else f"boundary-{decision.boundary}-{position}"
-            result.outcomes.append(Outcome(name, command, False, error.code, str(error)))
+            known = command if isinstance(command, Command) else None
+            result.outcomes.append(Outcome(name, known, False, error.code, str(error)))
     returns = [c for c in accepted if isinstance(c.payload, RollbackCommand)]
     if returns:
         # What else the decision asks for would be undone by the return.
@@ -177,8 +176,40 @@ def _make_plan(decision: Decision, state: TrainState, result: Applied) -> _Plan:
     return _Plan(tuple(moves), tuple(tunings), tuple(classes), tuple(breakers), tuple(accepted))
 
 
-def _check_command(command: Command, state: TrainState, touched: set[str]) -> None:
-    refused = refusal(command, state.mode)
+_Received: TypeAlias = tuple[str, Command | CommandRefused | MessageRejected]
+"""Name for the outcome; the command, or why there is none."""
+
+
+def _read(decision: Decision) -> Iterator[_Received]:
+    ids: set[str] = set()
+    for position, raw in enumerate(decision.commands):
+        # The outcome of what is no command, or has another's id, must not be taken for that of the other.
+        nameless = f"boundary-{decision.boundary}-{position}"
+        try:
+            command = decode_command(raw)
+        except MessageRejected as error:
+            yield nameless, error
+            continue
+        if command.command_id in ids:
+            yield nameless, CommandRefused("duplicate_id", "another command of this reply has the same command_id")
+        else:
+            ids.add(command.command_id)
+            yield command.command_id, command
+
+
+def _judging_mode(
+    decision: Decision, state: TrainState, received: Sequence[_Received], healthy_boundaries: int
+) -> Mode:  # fmt: skip
+    wishes = [
+        command.payload for _, command in received
+        if isinstance(command, Command) and isinstance(command.payload, BreakerCommand)
+        and refusal(command, state.mode) is None
+    ]  # fmt: skip
+    return judging_mode(state.mode, decision, wishes, healthy_boundaries)
+
+
+def _check_command(command: Command, mode: Mode, touched: set[str]) -> None:
+    refused = refusal(command, mode)
     if refused is not None:
         raise CommandRefused(*refused)
     if command.target_seed_id in touched and command.command_type == CommandType.SEED:
@@ -187,9 +218,11 @@ def _check_command(command: Command, state: TrainState, touched: set[str]) -> No
         )
 
 
-def _plan_tuning(command_id: str, payload: OptimizerCommand, state: TrainState, touched: set[str]) -> Tuning:
+def _plan_tuning(
+    command_id: str, payload: OptimizerCommand, state: TrainState, touched: set[str], mode: Mode
+) -> Tuning:  # fmt: skip
     tuning = state.tuner.plan(
-        command_id, payload, state.optimizer, state.lr, step=state.step, conservative=state.mode.conservative
+        command_id, payload, state.optimizer, state.lr, step=state.step, conservative=mode.conservative
     )
     if tuning.touched & touched:
         # Each alone may be within the bounds and both together not.

@@ -57,6 +57,15 @@ def next_mode(mode: Mode, decision: Decision, breakers: list[BreakerCommand], he
     return Mode() if healthy >= healthy_boundaries else replace(mode, healthy=healthy)
 
 
+def judging_mode(mode: Mode, decision: Decision, breakers: list[BreakerCommand], healthy_boundaries: int) -> Mode:
+    """The mode by which the commands of a decision are judged: the stricter of the present one and the next.
+
+    So a reply that enters conservative mode can bring nothing that the mode forbids, in whatever order it names them,
+    and one that leaves it cannot act as if it had been left before.
+    """
+    return mode if mode.conservative else next_mode(mode, decision, breakers, healthy_boundaries)
+
+
 def refusal(command: Command, mode: Mode) -> tuple[str, str] | None:
     """Why a command cannot be accepted whatever the model's state: (code, reason), or None."""
     unsupported = {

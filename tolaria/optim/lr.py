@@ -6,6 +6,9 @@
                         * conservative_factor                     while the run is in conservative mode
                         and 0 while the group is frozen
 
+Warm-ups, re-warm and conservative mode are brakes, on top of a rate for a while. Commands set, and bounds hold for, the
+settled rate, the one without them: no command makes up for a brake and outlives it.
+
 Steps count from 0: `lr_at(name, n)` is the rate of the optimizer step that makes the (n+1)-th update. All arithmetic
 is in Python floats (IEEE 754 double), so ranks that make the same calls get the same bits. The controller is given
 the optimizer at each call and never keeps it, so a rebuilt optimizer can not leave it driving the old one.
@@ -23,7 +26,7 @@ from torch.optim import Optimizer
 from tolaria.config_tuning import LRConfig
 from tolaria.errors import CheckpointMismatch, CommandRefused
 from tolaria.optim.integrity import LRViolation, RateWriter
-from tolaria.optim.schedule import Kind, checked_rate, group_share, policy_of, rewarm_share
+from tolaria.optim.schedule import Kind, checked_rate, frozen_by, group_share, policy_of, rewarm_share, settled_share
 
 Cause: TypeAlias = Literal["added", "removed", "command", "undo", "follow_host", "restarted", "rewarm", "mode"]
 
@@ -93,7 +96,7 @@ class LRController:
     @property
     def frozen(self) -> frozenset[str]:
         """Groups that must not be updated at all, by command or by policy."""
-        return frozenset(n for n, g in self._groups.items() if g.frozen or self._policy(n, g) == "frozen")
+        return frozenset(n for n, g in self._groups.items() if g.frozen or frozen_by(self._config, n, g.kind))
 
     @property
     def history(self) -> tuple[LRChange, ...]:
@@ -188,9 +191,10 @@ class LRController:
         """The rate of a group at ``step`` as things stand now. Changes nothing. Raises KeyError."""
         return self._rate(name, self._group(name), step)
 
-    def unscaled_lr_at(self, name: str, step: int) -> float:
-        """The rate that the group would have without commands: scale 1, not frozen. Raises KeyError."""
-        return self._rate(name, replace(self._group(name), scale=1.0, frozen=False), step)
+    def settled_lr_at(self, name: str, step: int) -> float:
+        """The rate at ``step`` with scale 1, not frozen and without any brake. Raises KeyError."""
+        kind = self._group(name).kind
+        return self._base_lr * settled_share(self._config, name, kind, step, self._total_steps)
 
     def scale_of(self, name: str) -> float:
         """The product of all commands on a group's rate so far. Raises KeyError."""
@@ -199,6 +203,10 @@ class LRController:
     def is_frozen(self, name: str) -> bool:
         """Whether a command has frozen the group. Raises KeyError."""
         return self._group(name).frozen
+
+    def frozen_by(self, name: str) -> str:
+        """The configuration key whose policy keeps the group frozen, empty when none does. Raises KeyError."""
+        return frozen_by(self._config, name, self._group(name).kind)
 
     def apply(self, optimizer: Optimizer, step: int) -> list[LRViolation]:
         """Write the rates of ``step`` into every group of ``optimizer``; call it right before the step.
@@ -272,14 +280,11 @@ class LRController:
             raise KeyError(f"no learning-rate group {name!r}; there are {', '.join(self._groups) or 'none'}")
         return self._groups[name]
 
-    def _policy(self, name: str, group: _Group) -> str:
-        return policy_of(self._config, name, group.kind)
-
     def _rate(self, name: str, group: _Group, step: int) -> float:
         if group.frozen:
             return 0.0
         share = group_share(
-            self._config, self._policy(name, group), group.kind, step, self._total_steps,
+            self._config, policy_of(self._config, name, group.kind), group.kind, step, self._total_steps,
             age=step - group.born_step, progress=group.progress,
         )  # fmt: skip
         rate = self._base_lr * share * rewarm_share(step, *self._rewarm) * group.scale

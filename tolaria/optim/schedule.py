@@ -23,10 +23,20 @@ def checked_rate(base_lr: float) -> float:
 def policy_of(config: LRConfig, name: str, kind: Kind) -> str:
     """The policy of a group: that of the first pattern in ``lr.group_policies`` which its name matches, else the
     one that its kind has."""
+    return _policy_and_key(config, name, kind)[0]
+
+
+def frozen_by(config: LRConfig, name: str, kind: Kind) -> str:
+    """The key that gives a group the policy "frozen", "lr.seed_policy" or the like; empty when it has another one."""
+    policy, key = _policy_and_key(config, name, kind)
+    return key if policy == "frozen" else ""
+
+
+def _policy_and_key(config: LRConfig, name: str, kind: Kind) -> tuple[str, str]:
     for pattern, policy in config.group_policies.items():
         if fnmatchcase(name, pattern):
-            return policy
-    return config.policy if kind == "host" else config.seed_policy
+            return policy, f"lr.group_policies.{pattern}"
+    return (config.policy, "lr.policy") if kind == "host" else (config.seed_policy, "lr.seed_policy")
 
 
 def group_share(
@@ -48,6 +58,12 @@ def group_share(
             return host_share(config, config.policy, step, total_steps) * rising
         case _:
             return host_share(config, policy, step, total_steps) * (1.0 if kind == "host" else config.seed_ratio)
+
+
+def settled_share(config: LRConfig, name: str, kind: Kind, step: int, total_steps: int) -> float:
+    """`group_share` of a group with every warm-up behind it: the host's, the seed's, and that of its blending. Pure."""
+    policy, settled = policy_of(config, name, kind), max(step, config.warmup_steps)
+    return group_share(config, policy, kind, settled, total_steps, age=config.seed_warmup_steps, progress=1.0)
 
 
 def rewarm_share(step: int, start: int, steps: int) -> float:

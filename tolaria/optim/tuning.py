@@ -7,7 +7,7 @@ Every method is local; ranks that make the same calls hold the same.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,10 +57,13 @@ class Tuning:
 
 
 class Tuner:
-    """Plans and carries out optimizer commands. Remembers the newest ones, so that they can be undone."""
+    """Plans and carries out optimizer commands. Remembers the newest ones, so that they can be undone.
+
+    ``bounds``: how far commands may go, also those that other parts carry out.
+    """
 
     def __init__(self, config: TuningConfig, lr_config: LRConfig) -> None:
-        self._config = config
+        self.bounds = config
         self._lr_config = lr_config
         self._done: list[tuple[str, tuple[Change, ...]]] = []
 
@@ -78,8 +81,9 @@ class Tuner:
 
         Raises CommandRefused for a group, a name or a value that there is not ("unknown_group", "unknown_parameter",
         "bad_parameter", "invalid_factor"), for one outside its bounds ("lr_out_of_bounds", "out_of_bounds") or too far
-        for one boundary ("rate_limited"), for faster learning in conservative mode ("lr_increase_conservative",
-        "thaw_conservative") and for an undo of nothing ("nothing_to_undo").
+        for one boundary ("rate_limited"), for a rate or a thaw of none but groups that the configuration freezes
+        ("frozen_by_policy"), for faster learning in conservative mode ("lr_increase_conservative",
+        "thaw_conservative", "faster_conservative") and for an undo of nothing ("nothing_to_undo").
         """
         values = {name: as_written(value) for name, value in payload.hyperparameters.items()}
         _check_names(values)
@@ -88,10 +92,12 @@ class Tuner:
         if UNDO in values:
             tuning = self._plan_undo(command_id, names, groups, lr)
         else:
-            keys = [key for key in HYPERPARAMETERS if key in values]
-            tuning = Tuning(
-                command_id, tuple(self._plan_one(groups[n], k, values[k], lr, step) for n in names for k in keys)
-            )
+            taken = {key: _takers(key, values[key], names, lr) for key in HYPERPARAMETERS if key in values}
+            changes = (
+                self._plan_one(groups[name], key, values[key], lr, step)
+                for name in names for key, takers in taken.items() if name in takers
+            )  # fmt: skip
+            tuning = Tuning(command_id, tuple(changes))
         if conservative:
             _check_conservative(tuning.changes)
         return tuning
@@ -106,15 +112,16 @@ class Tuner:
             return
         made = tuple(change for change in tuning.changes if change.new != change.old)
         if made:
-            self._done = [*self._done, (tuning.command_id, made)][-self._config.undo_depth :]
+            self._done = [*self._done, (tuning.command_id, made)][-self.bounds.undo_depth :]
 
     def forget(self, group: str) -> None:
         """A group is gone: nothing of it can be undone any more."""
-        self._keep(lambda change: change.group != group)
+        kept = ((command_id, tuple(c for c in changes if c.group != group)) for command_id, changes in self._done)
+        self._done = [(command_id, changes) for command_id, changes in kept if changes]
 
     def class_changed(self) -> None:
-        """The optimizer is another one: what its options were before is nothing to go back to."""
-        self._keep(lambda change: change.key in (LR_SCALE, FREEZE))
+        """The optimizer is another one, with rates of its own size: nothing from before can be undone any more."""
+        self._done = []
 
     def state_dict(self) -> dict[str, Any]:
         """What can be undone, oldest first, as JSON."""
@@ -132,13 +139,13 @@ class Tuner:
         name = str(group["name"])
         if key in (LR, LR_SCALE):
             old = lr.scale_of(name)
-            unscaled = lr.unscaled_lr_at(name, step)
-            new = check_scale(self._config, self._lr_config, name, key, value, old=old, unscaled=unscaled)
+            settled = lr.settled_lr_at(name, step)
+            new = check_scale(self.bounds, self._lr_config, name, key, value, old=old, settled=settled)
             return Change(name, LR_SCALE, old, new)
         if key == FREEZE:
             return Change(name, FREEZE, float(lr.is_frozen(name)), value)
         old = read_option(group, key)
-        check_change(self._config, name, key, old, value)
+        check_change(self.bounds, name, key, old, value)
         return Change(name, key, old, value)
 
     def _plan_undo(self, command_id: str, names: Iterable[str], groups: Mapping[str, Any], lr: LRController) -> Tuning:
@@ -156,9 +163,16 @@ class Tuner:
         left = tuple(change for change in self._done[at][1] if (change.group, change.key) not in back)
         self._done[at : at + 1] = [(tuning.undoes, left)] if left else []
 
-    def _keep(self, stays: Callable[[Change], bool]) -> None:
-        kept = ((command_id, tuple(filter(stays, changes))) for command_id, changes in self._done)
-        self._done = [(command_id, changes) for command_id, changes in kept if changes]
+
+def _takers(key: str, value: float, names: list[str], lr: LRController) -> list[str]:
+    """The groups on which this would have an effect: a policy of the schedule that freezes a group keeps its rate."""
+    if key not in (LR, LR_SCALE) and not (key == FREEZE and value == 0):
+        return names
+    takers = [name for name in names if not lr.frozen_by(name)]
+    if not takers:
+        by = lr.frozen_by(names[0])
+        raise CommandRefused("frozen_by_policy", f"{key} of {names[0]!r}: its policy is frozen ({by})")
+    return takers
 
 
 def options_there(group: Mapping[str, Any]) -> list[str]:
@@ -236,3 +250,21 @@ def _check_conservative(changes: Iterable[Change]) -> None:
             )
         if change.key == FREEZE and change.new < change.old:
             raise CommandRefused("thaw_conservative", f"{change.group!r} stays frozen in conservative mode")
+        if _enlarges_steps(change):
+            raise CommandRefused(
+                "faster_conservative",
+                f"{change.key} of {change.group!r} {change.old:g} -> {change.new:g}: larger steps in conservative mode",
+            )
+
+
+def _enlarges_steps(change: Change) -> bool:
+    """Whether steps may be larger by another option than the rate. A clip norm of 0 clips nothing.
+
+    Of the betas by Adam's bias correction, m / (1 - beta1^t) over the root of v / (1 - beta2^t): with a larger beta1 or
+    a smaller beta2 it takes averages that are nearly complete for ones that have just begun, and enlarges them again.
+    """
+    if change.key == CLIP_NORM:
+        return change.old > 0 and (change.new == 0 or change.new > change.old)
+    if change.key == BETA2:
+        return change.new < change.old
+    return change.key in (MOMENTUM, BETA1) and change.new > change.old

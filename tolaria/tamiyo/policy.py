@@ -168,9 +168,11 @@ def cancel(slot: str, *, reason: str = "") -> Command:
 def set_optimizer(group: str, *, reason: str = "", **hyperparameters: float) -> Command:
     """Change hyperparameters of the groups whose name matches the shell pattern ``group``, all of them or none.
 
-    lr: the rate itself; the schedule goes on in proportion. lr_scale: a factor on it. freeze: 1 or 0. weight_decay,
-    beta1, beta2, momentum: where the optimizer has them. clip_norm: largest gradient norm of the group. Bounds:
-    ``[tuning]`` of the trainer. Raises ValueError for another name.
+    lr: the rate itself, see `set_lr`. lr_scale: a factor on it. freeze: 1 or 0. weight_decay, beta1, beta2, momentum:
+    where the optimizer has them. clip_norm: largest gradient norm of the group. Bounds: ``[tuning]`` of the trainer.
+    In conservative mode, no larger lr, momentum, beta1 or clip_norm, and no smaller beta2. lr, lr_scale and freeze=0
+    pass over a group that the configuration freezes, and are refused where there is no other. Raises ValueError for
+    another name.
     """
     unknown = sorted(hyperparameters.keys() - set(HYPERPARAMETERS))
     if unknown or not hyperparameters:
@@ -180,7 +182,11 @@ def set_optimizer(group: str, *, reason: str = "", **hyperparameters: float) -> 
 
 
 def set_lr(group: str, lr: float, *, reason: str = "") -> Command:
-    """Set the learning rate of the groups at this step; from there their schedule goes on in proportion."""
+    """Set the learning rate of the groups at this step; from there their schedule goes on in proportion.
+
+    ``lr`` is the rate without what holds it back for a while: warm-ups, the re-warm after a return and
+    ``lr.conservative_factor`` act on top of it. While one of them acts the rate is lower.
+    """
     return set_optimizer(group, reason=reason, **{LR: lr})
 
 
@@ -200,7 +206,10 @@ def thaw(group: str, *, reason: str = "") -> Command:
 
 
 def undo(group: str = "*", *, reason: str = "") -> Command:
-    """Take back the newest optimizer command on these groups that was not taken back yet."""
+    """Take back the newest command of hyperparameters on these groups that was not taken back yet.
+
+    A change of the optimizer's class can not be undone, and ends what can be.
+    """
     return set_optimizer(group, reason=reason, **{UNDO: 1.0})
 
 
@@ -212,6 +221,7 @@ def change_optimizer(
 
     At least one setting has to be given, for all groups: ``lr``, the host's new peak rate (needed unless both are of
     adam, adamw and nadam, which also keep their state), ``momentum``, ``weight_decay``.
+    ``[tuning]`` of the trainer bounds them, and each group's new rate. It can not be undone, nor what came before it.
     """
     settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     given = {key: value for key, value in settings.items() if value is not None}

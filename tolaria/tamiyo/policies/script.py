@@ -24,13 +24,15 @@ order of the file:
     start_training, stabilize, evaluate, fine_tune, fossilize, cull, cancel
                     slot
     scale_lr        group, factor
-    set_lr          group, lr: the rate at that step; the schedule goes on in proportion
+    set_lr          group, lr: the rate at that step, on top of which warm-ups, a re-warm and conservative mode hold it
+                    back for a while; the schedule goes on in proportion
     freeze, thaw    group
     set_optimizer   group and one or more of lr, lr_scale, freeze (1 or 0), weight_decay, beta1, beta2, momentum,
                     clip_norm
     undo            group: takes back the newest of these commands on it that was not taken back yet
     change_optimizer
-                    optimizer (its name), lr, momentum, weight_decay (one of the three at least)
+                    optimizer (its name), lr, momentum, weight_decay (one of the three at least); can not be undone, and
+                    ends what can be
     rollback        step (optional; without it: the newest good checkpoint)
     conservative    on (true or false)
     pause
