@@ -10,6 +10,7 @@ from 3 ranks on the order of a sum depends on the place. What makes one gradient
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import reduce
@@ -41,7 +42,7 @@ WEIGHT_FLOOR_FP16 = 2.0**-10
 """The same where gradients are float16: a smaller one would let them vanish before it is taken off again."""
 
 
-class FusedGradients:
+class FusedGradients(ABC):
     """What both modes share: the buffer, its reduction, and what DDP would do besides. See `GradientSync`."""
 
     def __init__(self, state: TrainState, world: World, owners: Owners, tally: Tally) -> None:
@@ -125,12 +126,13 @@ class FusedGradients:
         counts = self._tail[self._rows_in_use]
         self.tally.add("share", self._rows_in_use, counts / counts.sum())
 
+    @abstractmethod
     def _collect(self) -> None:
-        """What is not in the buffer yet."""
+        """Put into the buffer what is not in it yet."""
 
+    @abstractmethod
     def _aggregate(self) -> None:
         """Turn the reduced gradients of the host into one, in the first row."""
-        raise NotImplementedError
 
     def apart(self) -> AbstractContextManager[None]:
         """Nothing: neither forward nor backward pass has a collective."""
@@ -230,6 +232,9 @@ class ProjectedGradients(FusedGradients):
             views = self._views[self.owners.rows.index(owner)]
             _add(views, gradients)
         return loss.detach().sum()
+
+    def _collect(self) -> None:
+        """Nothing: the backward passes have added it."""
 
     def _aggregate(self) -> None:
         if self.owners.rows == (HOST_ROW,):
