@@ -22,6 +22,7 @@ from tolaria.kasmina.seed import Seed
 from tolaria.leyline.types import CLIP_NORM
 from tolaria.objective import Batch
 from tolaria.optim.lr import VIOLATIONS_TO_OPEN
+from tolaria.phases import Phases, unseen
 from tolaria.replica import Replica
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.telemetry.events import EventLog
@@ -49,11 +50,14 @@ class StepResult:
 class TrainStep:
     """Takes one optimizer step from a group of microbatches. Collective; all ranks call it alike."""
 
-    def __init__(self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool) -> None:
+    def __init__(
+        self, state: TrainState, replica: Replica, events: EventLog, *, debug: bool, phases: Phases = unseen
+    ) -> None:  # fmt: skip
         self.state = state
         self.replica = replica
         self.events = events
         self.debug = debug
+        self.phases = phases
         self._alone_until = 0.0
         self._scaler_judged = False
 
