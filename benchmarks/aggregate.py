@@ -63,7 +63,7 @@ class Side:
         if self.replica.world.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        self.step(self.group, lambda: Verdict(stop_signal=0, level=0, loss=None))
+        self.step(self.group, lambda: Verdict(stop_signal=0, level=0))
         if self.replica.world.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

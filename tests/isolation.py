@@ -35,7 +35,7 @@ def _one_step(rig: Rig, *, logits: bool) -> Trace:
     for hook in hooks:
         hook.remove()
     state.after_step(taken=result.taken)
-    seen["loss"] = result.loss.clone()
+    seen["loss"] = torch.tensor(result.loss)
     seen["random stream"] = torch.get_rng_state()
     seen.update({f"parameter {n}": p.detach().clone() for n, p in state.host_parameters.items()})
     seen.update({f"buffer {n}": b.clone() for n, b in state.host_buffers.items()})

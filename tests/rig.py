@@ -169,7 +169,7 @@ class Rig:
 
     def take_step(self, group: list[Batch] | None = None) -> StepResult:
         """One optimizer step; nothing is counted, and the verdict before the update is this rank's alone."""
-        told = Verdict(stop_signal=0, level=0, loss=None, lr_changed=self.state.lr.take_found() > 0)
+        told = Verdict(stop_signal=0, level=0, lr_changed=self.state.lr.take_found() > 0)
         return self.step(self.batches() if group is None else group, lambda: told)
 
     def train(self, steps: int = 1) -> None:

@@ -16,7 +16,8 @@ from tolaria.errors import RunHalted
 from tolaria.leyline.types import EmergencySignal
 from tolaria.process import StopFlag
 from tolaria.recovery.journal import Journal
-from tolaria.recovery.page import AnyPage, Phase
+from tolaria.recovery.no_page import AnyPage
+from tolaria.recovery.page import Phase
 from tolaria.telemetry.events import EventLog
 
 NOTICE, ELEVATED, CONSERVATIVE, HALT = range(1, 5)

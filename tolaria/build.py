@@ -25,7 +25,7 @@ from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
-from tolaria.process import StopFlag, agent_id
+from tolaria.process import StopFlag, agent_id, keep_freed_memory
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.fsops import FileOps
@@ -105,6 +105,8 @@ def _join(config: Config, cleanup: ExitStack) -> World:
         device=config.dist.device, timeout_s=config.dist.timeout_s, control_timeout_s=config.dist.control_timeout_s
     )
     cleanup.callback(world.close)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if config.train.debug and world.world_size > 1:
         raise ConfigError(f"train.debug=True: runs one process, not {world.world_size}; leave torchrun out")
     return world

@@ -206,11 +206,17 @@ class DistConfig:
     control_timeout_s: float = doc(300.0, "seconds until a silent rank counts as lost elsewhere")
     threads: int = doc(0, "CPU threads per rank; 0: cores / local ranks")
     growth_bucket_mb: int = doc(25, "DDP bucket size in MiB")
+    fence_share: float = doc(0.005, "share of the training time that agreeing on signals and losses may cost")
+    fence_delay_ms: float = doc(50.0, "milliseconds of training until all ranks know of a signal, at most")
+    fence_steps: int = doc(0, "optimizer steps between such agreements; 0: as the two keys above allow")
 
     def __post_init__(self) -> None:
         for key in ("timeout_s", "control_timeout_s"):
             require(1 <= getattr(self, key) <= 86400, f"dist.{key}", getattr(self, key), "1 to 86400")
         require_range(self, "dist", NOT_NEGATIVE, "threads")
+        require(0 < self.fence_share <= 1, "dist.fence_share", self.fence_share, "more than 0, at most 1")
+        require(1 <= self.fence_delay_ms <= 100, "dist.fence_delay_ms", self.fence_delay_ms, "1 to 100")
+        require(0 <= self.fence_steps <= 64, "dist.fence_steps", self.fence_steps, "0 to 64")
         require_range(self, "dist", ONE_OR_MORE, "growth_bucket_mb")
 
 

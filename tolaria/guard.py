@@ -19,7 +19,16 @@ from tolaria.dist import World
 from tolaria.fence import Verdict
 from tolaria.leyline.types import RollbackCommand
 from tolaria.measure import Report
-from tolaria.recovery.autopilot import COLLAPSE_HISTORY, Cause, Incident, SpikeWatch, StepFact, collapse
+from tolaria.recovery.autopilot import (
+    COLLAPSE_HISTORY,
+    Cause,
+    Incident,
+    SpikeWatch,
+    StepFact,
+    collapse,
+    fact_from_json,
+    fact_to_json,
+)
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.sentinel import Sentinel
@@ -54,28 +63,34 @@ class Guard:
         self.sentinel = sentinel
         # Running statistics of a forward pass differ over ranks until rank 0's are sent to all.
         self._synchronise = synchronise
-        self.loss: float | None = None
         self._watch = SpikeWatch(config)
-        self._last: StepFact | None = None
+        # With this rank's part of the loss, until a fence brings the mean over all of them.
+        self._untold: list[StepFact] = []
         self._validations: list[tuple[float, float]] = []
 
     # Every step
 
+    @property
+    def losses(self) -> list[float]:
+        """This rank's parts of the losses that the next fence is to carry, oldest first."""
+        return [fact.loss for fact in self._untold]
+
     def judge(self, verdict: Verdict) -> Incident | None:
-        """What the fence says of the step before, and of emergencies. Local, the same on every rank."""
+        """What the fence says of steps that are over, and of emergencies. Local, the same on every rank."""
         if verdict.level in (ELEVATED, CONSERVATIVE):
             return self._incident("emergency", verdict.level, f"emergency of level {verdict.level}")
-        if self._last is None or verdict.loss is None:
-            return None
-        return self._watch.add(replace(self._last, loss=verdict.loss))
+        for loss in verdict.losses:
+            incident = self._watch.add(self._untold.pop(0)._replace(loss=loss))
+            if incident is not None:
+                return incident
+        return None
 
     def stepped(self, *, window: Window, taken: bool, loss: float) -> None:
-        """A step is over. ``loss``: this rank's part of it; the next fence carries it. Local."""
+        """A step is over. ``loss``: this rank's part of it. Local."""
         scaler = self.state.scaler
         # A float16 scaler that looks for its scale skips steps without anything being wrong.
         searching = not taken and scaler.is_enabled() and scaler.get_scale() > 1.0
-        self._last = StepFact(step=self.state.step, window=window, taken=taken or searching)
-        self.loss = loss
+        self._untold.append(StepFact(self.state.step, window, taken or searching, loss))
 
     def check(self, payload: Callable[[], Payload]) -> Incident | None:
         """Compare the ranks and take a snapshot, when due. Collective."""
@@ -153,22 +168,15 @@ class Guard:
     # Memory
 
     def state_dict(self) -> dict[str, Any]:
-        """What the guard remembers, as JSON; ``loss`` is this rank's own, the rest equal on every rank."""
-        last = self._last
+        """What the guard remembers, as JSON; losses not yet "told" are this rank's own, the rest is equal on all."""
         return {
             "watch": self._watch.state_dict(),
-            "last": [last.step, list(last.window), last.taken] if last is not None else None,
-            "loss": self.loss.hex() if self.loss is not None else None,
+            "untold": [fact_to_json(fact) for fact in self._untold],
             "validations": [[loss.hex(), accuracy.hex()] for loss, accuracy in self._validations],
         }
 
     def load_state_dict(self, saved: Mapping[str, Any], *, whole: bool) -> None:
-        """Take over what `state_dict` gave. ``whole``: it is this very rank's; else the loss of one step is unknown."""
+        """Take over what `state_dict` gave. ``whole``: it is this very rank's; else some last losses are unknown."""
         self._watch.load_state_dict(saved["watch"])
-        last = saved["last"]
-        self._last = None
-        if last is not None and whole:
-            step, (epoch, start, end), taken = last
-            self._last = StepFact(step=step, window=(epoch, start, end), taken=taken)
-        self.loss = float.fromhex(saved["loss"]) if saved["loss"] is not None and whole else None
+        self._untold = [fact_from_json(fact) for fact in saved["untold"]] if whole else []
         self._validations = [(float.fromhex(x), float.fromhex(y)) for x, y in saved["validations"]]

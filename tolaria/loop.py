@@ -2,9 +2,9 @@
 
 for every epoch
     for every group of microbatches                       tolaria/data.py
-        fence opens     flags and loss of all ranks, in flight while the step computes
-        step            forward, backward, clip, verdict                tolaria/step.py
-        fence closes    one verdict for all ranks                       tolaria/fence.py
+        fence opens     now and then: signals and losses, in flight while the step computes
+        step            forward, backward, clip                         tolaria/step.py
+        fence closes    one verdict for all ranks                       tolaria/lane.py
                         update
         boundary due?   measure -> policy -> decision -> apply          tolaria/measure.py, coordinator/
                         -> checkpoint due? -> telemetry                 tolaria/saving.py
@@ -27,8 +27,9 @@ from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator
 from tolaria.data import Loader, Window
 from tolaria.dist import World
-from tolaria.fence import Fence, Verdict
+from tolaria.fence import Verdict
 from tolaria.guard import Guard
+from tolaria.lane import ControlLane
 from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.process import StopFlag
@@ -81,8 +82,8 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.state = parts.state
-        self.fence = Fence(parts.world.peers)
-        self.meters = Meters(TRAIN_METERS, parts.world.device)
+        self.lane = ControlLane(parts.config, parts.state, parts.world, parts.guard, parts.alarm, parts.stop)
+        self.meters = Meters(TRAIN_METERS)
         self._samples = Rate()
         self._pace = Pace()
         self._asked = 0.0
@@ -94,28 +95,29 @@ class Trainer:
         Raises PeerLost, CheckpointError when the last checkpoint could not be written, ReplicaMismatch, WalError,
         TrainingUnstable, RunHalted.
         """
-        parts, state, guard = self.parts, self.state, self.parts.guard
+        parts, state, guard, phases = self.parts, self.state, self.parts.guard, self.parts.step.phases
         outcome = FINISHED
         self._begin()
         while outcome == FINISHED and not self._done():
             for window, group in self._groups():
                 # ------------------------------------------------------------------------------------------
-                parts.alarm.page.enter(Phase.STEP, state.step)
-                self.fence.open(stop_signal=self._signal(), level=parts.alarm.level(), loss=guard.loss,
-                                lr_changed=state.lr.take_found() > 0)  # fmt: skip
+                with phases("fence"):
+                    self.lane.open(window)
                 result = parts.step(group, self._close_fence)
-                incident = guard.judge(result.verdict)
+                incident = guard.judge(result.verdict) if result.verdict is not None else None
                 epoch_ended = state.after_step(taken=result.taken)
                 # ------------------------------------------------------------------------------------------
-                guard.stepped(window=window, taken=result.taken, loss=result.value)
-                self._count(result)
+                with phases("bookkeeping"):
+                    guard.stepped(window=window, taken=result.taken, loss=result.loss)
+                    self._count(result)
                 if incident is None and self._boundary_due(epoch_ended):
-                    incident = self._boundary()
+                    with phases("boundary"):
+                        incident = self._boundary()
                 incident = incident or guard.check(self._payload)
                 if incident is not None:
                     self._go_back(incident)
                     break
-                if result.verdict.stop_signal:
+                if result.verdict is not None and result.verdict.stop_signal:
                     outcome = STOPPED
                     self._stop_asked(result.verdict.stop_signal)
                     break
@@ -133,10 +135,11 @@ class Trainer:
             self.parts.comeback.forget_earlier_starts()
         self._take_effects()
 
-    def _close_fence(self) -> Verdict:
-        verdict = self.fence.close()
-        if verdict.level == HALT:
+    def _close_fence(self) -> Verdict | None:
+        verdict = self.lane.close()
+        if verdict is not None and verdict.level == HALT:
             self.parts.alarm.freeze(self._save_newest_snapshot)
+            self.lane.restart()
         return verdict
 
     def _save_newest_snapshot(self) -> None:
@@ -154,9 +157,9 @@ class Trainer:
         while incident is not None:
             parts.alarm.page.enter(Phase.RESTORE, self.state.step)
             parts.saver.finish()
-            came = parts.comeback.go_back(incident)
-            if came is None:
+            if (came := parts.comeback.go_back(incident)) is None:
                 return
+            self.lane.restart()
             saved = came.local_meta if came.local_meta is not None else came.first_meta
             parts.step.replica.tally.load_state_dict(saved["tally"])
             if came.local_meta is not None:
@@ -181,7 +184,11 @@ class Trainer:
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
         self._asked = time.perf_counter()
-        while (window := sampler.window) is not None and (group := list(islice(batches, sampler.accumulation))):
+        while (window := sampler.window) is not None:
+            with self.parts.step.phases("data"):
+                group = list(islice(batches, sampler.accumulation))
+            if not group:
+                return
             yield window, group
             self._asked = time.perf_counter()
 
@@ -190,12 +197,6 @@ class Trainer:
         return self.state.sampler.epoch >= config.epochs or bool(
             config.max_steps and self.state.step >= config.max_steps
         )
-
-    def _signal(self) -> int:
-        name = self.parts.stop.signal_name
-        if name is None and self.parts.guard.journal.low_space:
-            name = signal.SIGTERM.name  # the log lives on its reserve: save and stop while that is possible
-        return int(signal.Signals[name]) if name is not None else 0
 
     def _stop_asked(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -208,22 +209,23 @@ class Trainer:
         parts, state = self.parts, self.state
         parts.events.step = state.step
         self._samples.add(state.sampler.group_size)
-        self._pace.add(result.alone_until - self._asked, time.perf_counter() - self._asked)
+        seconds = time.perf_counter() - self._asked
+        self._pace.add(result.alone_until - self._asked, seconds)
+        self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
-            # Reading the loss waits for the device; once per interval that is what the line is for. It is this
-            # rank's part of the step: the mean over ranks is in the boundary's event.
+            # The loss is this rank's part: the mean over ranks is in the boundary's event.
             alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
             rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=float(result.loss), lr=rate, **alphas)
+            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
         if parts.progress.step_due():
             sampler = state.sampler
             parts.progress.step(
                 StepInfo(
                     epoch=sampler.epoch + 1, epochs=parts.config.train.epochs,
                     epoch_step=sampler.cursor // sampler.group_size, epoch_steps=sampler.steps_per_epoch,
-                    loss=float(result.loss), lr=state.lr.lr_at(HOST_GROUP, state.step), rate=self._samples.read(),
+                    loss=result.loss, lr=state.lr.lr_at(HOST_GROUP, state.step), rate=self._samples.read(),
                 )
             )  # fmt: skip
 
@@ -240,14 +242,14 @@ class Trainer:
         parts.alarm.at_boundary()
         state.boundary += 1
         self._last_boundary_step = state.step
+        self.lane.restart()
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         start = time.perf_counter()
         report = parts.evaluator.measure(self.meters, *self._pace.take())
         measure_ms = (time.perf_counter() - start) * 1e3
         self.meters.reset()
-        incident = parts.guard.boundary(report)
-        if incident is not None:
+        if (incident := parts.guard.boundary(report)) is not None:
             return incident
         applied = parts.coordinator.exchange(report)
         parts.saver.collect()

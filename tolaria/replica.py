@@ -7,7 +7,7 @@ A parameter that comes later is silently never reduced, so every change of struc
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
@@ -70,11 +70,10 @@ class Replica:
         if self._gave_up:
             torch.compiler.set_stance("default")
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[None]:
         """The run's autocast context; one kind for every call, since its state is part of the compiled guards."""
-        amp = self.config.precision.amp
-        dtype = AMP_DTYPES.get(amp, torch.bfloat16)
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=amp != "off")
+        dtype = AMP_DTYPES.get(self.config.precision.amp)
+        return torch.autocast(self.world.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     def rebuild(self, *, first: bool = False, afresh: bool = False) -> None:
         """Follow the structure with gradients and shadow twins. All ranks call it; no collective but at ``first``.

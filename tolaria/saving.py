@@ -10,7 +10,8 @@ from tolaria.errors import CheckpointError
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter, Payload
 from tolaria.recovery.journal import Journal
-from tolaria.recovery.page import AnyPage, Phase
+from tolaria.recovery.no_page import AnyPage
+from tolaria.recovery.page import Phase
 from tolaria.replica import Replica
 from tolaria.state import TrainState
 

@@ -10,12 +10,13 @@ update         LR -> optimizer -> scaler -> zero
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from tolaria.fence import Verdict
 from tolaria.kasmina.seed import Seed
@@ -30,20 +31,18 @@ from tolaria.telemetry.events import EventLog
 LR_TAMPERED = f"learning rates were changed from outside at {VIOLATIONS_TO_OPEN} steps"
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """``loss``: this rank's part, 0-D on the device; its mean over ranks is the mean over the step's samples.
+class StepResult(NamedTuple):
+    """``loss``: this rank's part; its mean over ranks is the mean over the step's samples.
 
-    ``value``: the same as a number. ``taken`` is False when the reduced gradient was not finite and nothing was
-    updated, alike on all ranks. ``verdict``: what the fence said before the update. ``alone_until``: the last
-    moment that does not depend on other ranks (`time.perf_counter`): the end of the last forward pass, or, where the
-    step begins by sending buffers to all ranks, its beginning.
+    ``taken`` is False when the reduced gradient was not finite and nothing was updated, alike on all ranks.
+    ``verdict``: what the fence said before the update, if there was one. ``alone_until``: the last moment that does not
+    depend on other ranks (`time.perf_counter`): the end of the last forward pass, or, where the step begins by sending
+    buffers to all ranks, its beginning.
     """
 
-    loss: Tensor
-    value: float
+    loss: float
     taken: bool
-    verdict: Verdict
+    verdict: Verdict | None
     alone_until: float
 
 
@@ -61,62 +60,76 @@ class TrainStep:
         self._alone_until = 0.0
         self._scaler_judged = False
 
-    def __call__(self, group: Sequence[Batch], close_fence: Callable[[], Verdict]) -> StepResult:
+    def __call__(self, group: Sequence[Batch], close_fence: Callable[[], Verdict | None]) -> StepResult:
         """``group``: the microbatches of this step on the device, at least one.
 
-        ``close_fence`` is called once, between the gradients and the update. What it raises leaves parameters and
-        optimizer as they were before the step.
+        ``close_fence`` is called once, between the gradients and the update; None where the step has no fence. What it
+        raises leaves parameters and optimizer as they were before the step.
         """
-        self.replica.keep_buffers()
+        phases, frozen = self.phases, self.state.lr.frozen
         with torch.autograd.set_detect_anomaly(True) if self.debug else nullcontext():
             loss = self._backward(group)
-        frozen = self.state.lr.frozen
+        with phases("clip"):
+            seeds = self.state.kasmina.learning_seeds()
+            self._unscale(seeds, frozen)
+            value, taken = self._judge_and_clip(loss, seeds, frozen)
+        with phases("fence"):
+            verdict = close_fence()
+        if verdict is not None and verdict.lr_changed:
+            self._count_lr_violation()
+        with phases("optimizer"):
+            self._update(taken)
+        return StepResult(value, taken, verdict, self._alone_until)
+
+    def _backward(self, group: Sequence[Batch]) -> Tensor:
+        sync, phases = self.replica.sync, self.phases
+        self.replica.keep_buffers()
+        total: Tensor | None = None
+        started = perf_counter()
+        sync.begin()
+        for position, batch in enumerate(group, start=1):
+            with sync.microbatch(batch, position - 1, last=position == len(group)):
+                with phases("forward"), self.replica.autocast():
+                    loss = self.replica.loss(batch)
+                self._alone_until = started if sync.sends_buffers else perf_counter()
+                with phases("backward"):
+                    piece = sync.backward(loss)
+                total = piece if total is None else total + piece
+            self.replica.shadow_backward(batch)
+        with phases("sync"):
+            sync.finish()
+            self.replica.average_shadow_gradients()
+        assert total is not None  # noqa: S101 - a group has at least one microbatch
+        return total
+
+    def _judge_and_clip(self, loss: Tensor, seeds: Sequence[Seed], frozen: frozenset[str]) -> tuple[float, bool]:
+        """The step's loss as a number, and whether the step may count, equal on all ranks."""
         host = _gradients(self.state.host_parameters.values())
-        seeds = [(s, _gradients(s.named_parameters().values())) for s in self.state.kasmina.learning_seeds()]
-        self._unscale([seed for seed, _ in seeds], frozen)
-        norms = torch.stack([get_total_norm(host), *(get_total_norm(g) for _, g in seeds)])
+        grown = [_gradients(seed.named_parameters().values()) for seed in seeds]
         # The one host read of a step: the verdict decides on the host whether the optimizer runs, and the loss, which
         # the next fence carries, comes along.
-        value, *read = torch.cat([loss[None], norms]).tolist()
-        finite = [math.isfinite(norm) for norm in read]
-        clip_norms = {group["name"]: group[CLIP_NORM] for group in self.state.optimizer.param_groups}
+        norms: list[float]
+        value, *norms = torch.stack([loss, gradient_norm(host), *map(gradient_norm, grown)]).tolist()
+        bounds = {group["name"]: group[CLIP_NORM] for group in self.state.optimizer.param_groups}
         self.state.kasmina.host_norms.add(norms[0])
-        for (seed, _), norm, ok in zip(seeds, norms[1:], finite[1:], strict=True):
+        learns = False
+        for seed, gradients, norm in zip(seeds, grown, norms[1:], strict=True):
             seed.norms.add(norm)
-            if not ok:
+            if not math.isfinite(norm):
                 self._drop(seed)
             elif seed.group in frozen:
                 _drop_gradients(seed.named_parameters().values())
             else:
-                _clip(seed.named_parameters().values(), clip_norms[seed.group], norm)
-        # A frozen host's gradient is used for nothing, so it can spoil nothing that a seed learns from a sound one.
-        learns = any(ok and seed.group not in frozen for (seed, _), ok in zip(seeds, finite[1:], strict=True))
-        taken = finite[0] or (HOST_GROUP in frozen and learns)
+                learns = True
+                _clip(gradients, bounds[seed.group], norm)
         if HOST_GROUP in frozen:
             _drop_gradients(self.state.host_parameters.values())
-        elif taken:
-            _clip(self.state.host_parameters.values(), clip_norms[HOST_GROUP], norms[0])
-        verdict = close_fence()
-        if verdict.lr_changed:
-            self._count_lr_violation()
-        self._update(taken)
-        return StepResult(loss, value, taken, verdict, self._alone_until)
-
-    def _backward(self, group: Sequence[Batch]) -> Tensor:
-        sync = self.replica.sync
-        total = torch.zeros((), device=self.replica.world.device)
-        started = perf_counter()
-        sync.begin()
-        for position, batch in enumerate(group):
-            with sync.microbatch(batch, position, last=position == len(group) - 1):
-                with self.replica.autocast():
-                    loss = self.replica.loss(batch)
-                self._alone_until = started if sync.sends_buffers else perf_counter()
-                total += sync.backward(loss)
-            self.replica.shadow_backward(batch)
-        sync.finish()
-        self.replica.average_shadow_gradients()
-        return total
+            # A frozen host's gradient is used for nothing, so it can spoil nothing that a seed learns from a sound one.
+            return value, learns or math.isfinite(norms[0])
+        if math.isfinite(norms[0]):
+            _clip(host, bounds[HOST_GROUP], norms[0])
+            return value, True
+        return value, False
 
     def _unscale(self, seeds: Sequence[Seed], frozen: frozenset[str]) -> None:
         scaler = self.state.scaler
@@ -169,7 +182,9 @@ class TrainStep:
             self.events.emit("step_skipped", "warning", reason="the reduced gradient is not finite")
         if state.scaler.is_enabled() and self._scaler_judged:
             state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        # Optimizer.zero_grad does the same inside a profiler range, which costs 25 microseconds.
+        for group in state.optimizer.param_groups:
+            _drop_gradients(group["params"])
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -182,6 +197,17 @@ def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _clip(parameters: Iterable[nn.Parameter], bound: float, norm: Tensor) -> None:
-    if bound:
-        clip_grads_with_norm_(parameters, bound, norm)
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all together, 0-D float32 on their device; 0 without any. Does not wait."""
+    if len({g.dtype for g in gradients}) != 1:
+        return get_total_norm(gradients).float()
+    # What `get_total_norm` does for tensors of one type, without sorting them by type: 15 microseconds less.
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm.float()
+
+
+def _clip(gradients: list[Tensor], bound: float, norm: float) -> None:
+    """Scale gradients of this norm down to ``bound``; 0: no bound."""
+    share = bound / (norm + 1e-6)
+    if bound and share < 1.0:
+        torch._foreach_mul_(gradients, share)

@@ -9,7 +9,8 @@ from pathlib import Path
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.process import agent_id, start_time
-from tolaria.recovery.page import AnyPage, NoPage, Page
+from tolaria.recovery.no_page import AnyPage, NoPage
+from tolaria.recovery.page import Page
 from tolaria.recovery.pulse import Pulse
 from tolaria.recovery.watchdog import WatchdogProcess, stack_file
 from tolaria.rundir import RunDir

@@ -17,13 +17,12 @@ from tolaria.kasmina.lifecycle import HOLDS_SEED, alpha_at
 from tolaria.kasmina.seed import NormRing, Seed
 from tolaria.leyline.types import SeedStage
 
-CPU = torch.device("cpu")
 numbers = st.floats(width=32)  # NaN and infinities too
 exact_numbers = st.floats()
 
 
 def new_seed(window: int = 3) -> Seed:
-    return Seed(slot="early", shape=(4,), alpha=torch.zeros(()), norms=NormRing(window, CPU))
+    return Seed(slot="early", shape=(4,), alpha=torch.zeros(()), norms=NormRing(window))
 
 
 def as_json(seed: Seed) -> Any:
@@ -82,21 +81,21 @@ def test_what_is_saved_is_loaded_bit_for_bit(
 @settings(deadline=None, max_examples=60)
 @given(size=st.integers(1, 5), norms=st.lists(numbers, max_size=12))
 def test_the_ring_keeps_the_newest_norms_oldest_first(size: int, norms: list[float]) -> None:
-    ring = NormRing(size, CPU)
+    ring = NormRing(size)
     for norm in norms:
-        ring.add(torch.tensor(norm))
+        ring.add(norm)
     assert repr(ring.read()) == repr(norms[-size:])
-    other = NormRing(size, CPU)
+    other = NormRing(size)
     other.load(ring.read())
-    other.add(torch.tensor(0.5))
-    ring.add(torch.tensor(0.5))
+    other.add(0.5)
+    ring.add(0.5)
     assert repr(other.read()) == repr(ring.read())
 
 
 def test_a_loaded_ring_has_nothing_of_before() -> None:
-    ring = NormRing(3, CPU)
+    ring = NormRing(3)
     for norm in (1.0, 2.0, 3.0, 4.0):
-        ring.add(torch.tensor(norm))
+        ring.add(norm)
     ring.load([])
     assert ring.read() == []
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tolaria import emergency
-from tolaria.recovery.page import OPERATOR, NoPage, Page, Phase, RankLine
+from tolaria.recovery.no_page import NoPage
+from tolaria.recovery.page import OPERATOR, Page, Phase, RankLine
 from tolaria.recovery.pulse import Pulse
 from tolaria.recovery.watchdog import culprit, overdue, waits_for_others
 

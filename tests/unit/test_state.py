@@ -112,8 +112,8 @@ CHANGES: dict[str, Change] = {
     "place in the blend": lambda s: s.kasmina.seeds["late"].advance(),
     "stage": lambda s: setattr(s.kasmina.seeds["late"], "stage", SeedStage.SHADOWING),
     "evidence": measure,
-    "gradient norms of a seed": lambda s: s.kasmina.seeds["late"].norms.add(torch.tensor(1.0)),
-    "gradient norms of the host": lambda s: s.kasmina.host_norms.add(torch.tensor(1.0)),
+    "gradient norms of a seed": lambda s: s.kasmina.seeds["late"].norms.add(1.0),
+    "gradient norms of the host": lambda s: s.kasmina.host_norms.add(1.0),
     "fine-tuning": lambda s: setattr(s.kasmina.seeds["early"], "fine_tuning", True),
     "age": lambda s: setattr(s.kasmina.seeds["early"], "age_boundaries", 77),
 }

@@ -9,9 +9,9 @@ from tolaria.telemetry.meters import Meters, Rate
 
 def test_means_weigh_every_value_the_same() -> None:
     meters = Meters(["loss", "accuracy"])
-    meters.add("loss", torch.tensor([1.0, 2.0, 3.0]))
-    meters.add("loss", torch.tensor([[8.0]], requires_grad=True))
-    meters.add_total("accuracy", torch.tensor(3), 4)
+    for value in (1.0, 2.0, 3.0, 8.0):
+        meters.add("loss", value)
+    meters.add("accuracy", 0.75)
     read = meters.read()
     assert (read["loss"].total, read["loss"].count, read["loss"].value) == (14.0, 4.0, 3.5)
     assert read["accuracy"].value == 0.75
@@ -20,15 +20,16 @@ def test_means_weigh_every_value_the_same() -> None:
 def test_nothing_added_is_nan_and_reset_forgets() -> None:
     meters = Meters(["loss"])
     assert math.isnan(meters.read()["loss"].value)
-    meters.add("loss", torch.ones(2))
+    meters.add("loss", 1.0)
     meters.reset()
     assert meters.read()["loss"].count == 0
 
 
-def test_sums_over_ranks_give_the_mean_over_all_samples() -> None:
+def test_sums_over_ranks_give_the_mean_over_all_values() -> None:
     ranks = [Meters(["loss"]), Meters(["loss"])]
-    ranks[0].add("loss", torch.tensor([1.0, 1.0, 1.0]))
-    ranks[1].add("loss", torch.tensor([5.0]))
+    for value in (1.0, 1.0, 1.0):
+        ranks[0].add("loss", value)
+    ranks[1].add("loss", 5.0)
     packed = ranks[0].packed() + ranks[1].packed()
     assert ranks[0].unpack(packed)["loss"].value == 2.0
     assert ranks[0].read()["loss"].value == 1.0
@@ -37,24 +38,18 @@ def test_sums_over_ranks_give_the_mean_over_all_samples() -> None:
 def test_packed_is_a_copy() -> None:
     meters = Meters(["loss"])
     packed = meters.packed()
-    meters.add("loss", torch.ones(2))
+    meters.add("loss", 1.0)
     assert packed.tolist() == [0.0, 0.0]
-
-
-def test_low_precision_is_summed_in_float64() -> None:
-    meters = Meters(["loss"])
-    for _ in range(50):
-        meters.add("loss", torch.full((100,), 0.1, dtype=torch.bfloat16))
-    assert meters.read()["loss"].value == pytest.approx(float(torch.tensor(0.1, dtype=torch.bfloat16)), rel=1e-12)
 
 
 def test_state_goes_through_json_exactly() -> None:
     meters = Meters(["loss", "accuracy"])
-    meters.add("loss", torch.tensor([0.1, 0.2, 0.3]))
+    for value in (0.1, 0.2, 0.3):
+        meters.add("loss", value)
     other = Meters(["loss", "accuracy"])
     other.load_state_dict(json.loads(json.dumps(meters.state_dict())))
     for each in (meters, other):
-        each.add("loss", torch.tensor([0.7]))
+        each.add("loss", 0.7)
     assert torch.equal(other.packed(), meters.packed())
     with pytest.raises(ValueError, match="accuracy"):
         Meters(["loss"]).load_state_dict(meters.state_dict())

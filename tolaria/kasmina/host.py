@@ -53,13 +53,13 @@ class Kasmina:
         self.device = device
         self.seam = seam
         self._run_seed = run_seed
-        self.host_norms = NormRing(config.gradient_window, device)
+        self.host_norms = NormRing(config.gradient_window)
         self.seeds = {
             name: Seed(
                 slot=name,
                 shape=tuple(shapes[name]),
                 alpha=torch.zeros((), device=device),
-                norms=NormRing(config.gradient_window, device),
+                norms=NormRing(config.gradient_window),
                 seam=seam,
             )
             for name in sorted(slots)
@@ -183,7 +183,7 @@ class Kasmina:
             seed.advance()
 
     def read_norms(self) -> None:
-        """Move the gradient norms from the device into the seeds' evidence. Synchronises with the device."""
+        """Put the last gradient norms into the seeds' evidence."""
         for seed in self.seeds.values():
             if seed.occupied:
                 seed.evidence.gradient_norms = seed.norms.read()

@@ -1,9 +1,10 @@
 """One seed: what grows in one slot, with its stage, alpha and evidence."""
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tolaria.kasmina.gates import Evidence
@@ -12,31 +13,23 @@ from tolaria.leyline.types import SeedStage
 
 
 class NormRing:
-    """The last ``size`` gradient norms, kept on the device and read only at a boundary."""
+    """The last ``size`` gradient norms."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.values = torch.zeros(size, device=device)
-        self.count = 0
+    def __init__(self, size: int) -> None:
+        self._norms: deque[float] = deque(maxlen=size)
 
-    def add(self, norm: Tensor) -> None:
-        """Append a 0-D norm without a host synchronisation."""
-        self.values[self.count % len(self.values)].copy_(norm.detach())
-        self.count += 1
+    def add(self, norm: float) -> None:
+        """Append a norm."""
+        self._norms.append(norm)
 
     def read(self) -> list[float]:
-        """The norms, oldest first. Synchronises with the device."""
-        size = len(self.values)
-        values: list[float] = self.values.tolist()
-        if self.count < size:
-            return values[: self.count]
-        start = self.count % size
-        return values[start:] + values[:start]
+        """The norms, oldest first."""
+        return list(self._norms)
 
-    def load(self, norms: list[float]) -> None:
+    def load(self, norms: Iterable[float]) -> None:
         """Replace the content by ``norms``, oldest first."""
-        self.count = 0
-        for norm in norms[-len(self.values) :]:
-            self.add(torch.tensor(norm))
+        self._norms.clear()
+        self._norms.extend(norms)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from tolaria.config_recovery import RecoveryConfig
 from tolaria.data import Window
@@ -20,14 +20,13 @@ COLLAPSE_HISTORY = 8
 Cause: TypeAlias = Literal["loss_spike", "non_finite", "collapse", "drift", "command", "emergency"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepFact:
+class StepFact(NamedTuple):
     """One step that is over: its number (counted from 1), the window of its samples, its mean loss over all ranks."""
 
     step: int
     window: Window
     taken: bool
-    loss: float = math.nan
+    loss: float
 
     @property
     def samples(self) -> int:
@@ -86,6 +85,8 @@ class SpikeWatch:
         The mean over few samples scatters more than that over many, so an epoch's short last step is judged as if
         the samples that it lacks had the usual loss.
         """
+        if fact.loss <= self._config.spike_ratio * min(self._losses):
+            return None  # the median is no less than the least, which is found in a tenth of the time
         usual = median(self._losses)
         bound = self._config.spike_ratio * usual
         if usual <= 0 or fact.loss <= bound:
@@ -122,22 +123,24 @@ class SpikeWatch:
         """Losses and remembered steps, as JSON without rounding."""
         return {
             "losses": [loss.hex() for loss in self._losses],
-            "steps": [_to_json(f) for f in self._steps],
-            "bad": [_to_json(f) for f in self._bad],
+            "steps": [fact_to_json(f) for f in self._steps],
+            "bad": [fact_to_json(f) for f in self._bad],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self._losses = deque(map(float.fromhex, state["losses"]), maxlen=self._config.spike_window)
-        self._steps = deque(map(_from_json, state["steps"]), maxlen=REMEMBERED_STEPS)
-        self._bad = [_from_json(f) for f in state["bad"]]
+        self._steps = deque(map(fact_from_json, state["steps"]), maxlen=REMEMBERED_STEPS)
+        self._bad = [fact_from_json(f) for f in state["bad"]]
 
 
-def _to_json(fact: StepFact) -> list[Any]:
+def fact_to_json(fact: StepFact) -> list[Any]:
+    """As JSON without rounding."""
     return [fact.step, list(fact.window), fact.taken, fact.loss.hex()]
 
 
-def _from_json(saved: Sequence[Any]) -> StepFact:
+def fact_from_json(saved: Sequence[Any]) -> StepFact:
+    """What `fact_to_json` made JSON of."""
     step, (epoch, start, end), taken, loss = saved
     return StepFact(step=step, window=(epoch, start, end), taken=taken, loss=float.fromhex(loss))
 

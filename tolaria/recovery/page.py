@@ -2,7 +2,7 @@
 
     line 0        version, number of ranks, watchdog's process, whether the run is ending
     line 1        the operator's alarm
-    line 2 + r    rank r: process, heartbeat, phase, step, its alarm, what it has acknowledged
+    line 2 + r    rank r: process, heartbeat, phase, step, its alarm, what it has acknowledged, its fences
 
 An alarm is written with a number that is odd meanwhile, and a checksum; readers that meet it half written do not see
 it. Everything else is single 8-byte words. No torch here: watchdog and operator start within milliseconds.
@@ -15,15 +15,15 @@ import zlib
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, Self, TypeAlias
+from typing import NamedTuple, Self
 
-LINE_WORDS = 32
+LINE_WORDS = 48
 LINE_BYTES = 8 * LINE_WORDS
 REASON_BYTES = 120
 MAX_LEVEL = 4
 FILE_MODE = 0o600
 OPERATOR = 1
-VERSION = 1
+VERSION = 2
 _MAGIC = int.from_bytes(b"TLPAGE01", "little")
 
 # Line 0
@@ -32,6 +32,10 @@ _IS_PAGE, _VERSION, _RANKS, _WATCHDOG_PID, _CLOSING = range(5)
 _PID, _START, _HEARTBEAT, _PHASE, _SINCE, _STEP, _ACK, _ACK_NS, _STOPPED = range(9)
 # The alarm on a rank's or the operator's line
 _SEQ, _LEVEL, _CHECK, _REASON = range(12, 16)
+# What a rank said at its last fences: turn, flags, loss, check
+_TOLD = 31
+_TOLD_WORDS = 4
+_TOLD_TURNS = 4
 
 
 class Phase(IntEnum):
@@ -71,6 +75,7 @@ class Page:
         self.path = path
         self._memory = memory
         self._words = memoryview(memory).cast("Q")
+        self._numbers = memoryview(memory).cast("d")
         self._at = line * LINE_WORDS
         self._line = line
 
@@ -109,6 +114,7 @@ class Page:
     def close(self) -> None:
         """Unmap it; twice does no harm."""
         self._words.release()
+        self._numbers.release()
         self._memory.close()
 
     # Ranks
@@ -145,6 +151,27 @@ class Page:
             words[at + _PID], words[at + _START], words[at + _HEARTBEAT], Phase(words[at + _PHASE]),
             words[at + _SINCE], words[at + _STEP], words[at + _ACK], words[at + _ACK_NS], bool(words[at + _STOPPED]),
         )  # fmt: skip
+
+    # Fences
+
+    def tell(self, turn: int, flags: int, loss: float) -> None:
+        """This rank's word at a fence. Turns count up from 1; the last few stay readable."""
+        words, at = self._words, _told_at(self._at, turn)
+        words[at + 1] = flags
+        self._numbers[at + 2] = loss
+        # The check last, as it covers all: what is half written, or written in another order, is not there yet.
+        words[at + 3] = turn ^ flags ^ words[at + 2]
+        words[at] = turn
+
+    def told(self, turn: int) -> list[tuple[int, float]] | None:
+        """Every rank's flags and loss of that turn, by rank; None when one of them has not told it yet."""
+        words, numbers, found = self._words, self._numbers, []
+        for rank in range(words[_RANKS]):
+            at = _told_at((2 + rank) * LINE_WORDS, turn)
+            if words[at] != turn or words[at + 3] != turn ^ words[at + 1] ^ words[at + 2]:
+                return None
+            found.append((words[at + 1], numbers[at + 2]))
+        return found
 
     # Alarms
 
@@ -236,41 +263,8 @@ class Page:
             self.path.unlink()
 
 
-class NoPage:
-    """Stands in where no page can be mapped: levels of this rank alone, which the fence carries to the others."""
-
-    def __init__(self) -> None:
-        self._level = 0
-        self._reason = ""
-
-    def enter(self, phase: Phase, step: int) -> None:
-        """Nobody is watching."""
-
-    def raise_level(self, level: int, reason: str) -> None:
-        """As `Page.raise_level`."""
-        if not 1 <= level <= MAX_LEVEL:
-            raise ValueError(f"emergency level {level}: expected 1 to {MAX_LEVEL}")
-        if level > self._level:
-            self._level, self._reason = level, reason
-
-    def level(self) -> int:
-        """As `Page.level`."""
-        return self._level
-
-    def reason(self) -> str:
-        """As `Page.reason`."""
-        return self._reason
-
-    def clear(self, upto: int = MAX_LEVEL) -> None:
-        """As `Page.clear`."""
-        if self._level <= upto:
-            self._level, self._reason = 0, ""
-
-    def close(self) -> None:
-        """Nothing to unmap."""
-
-
-AnyPage: TypeAlias = Page | NoPage
+def _told_at(line_at: int, turn: int) -> int:
+    return line_at + _TOLD + turn % _TOLD_TURNS * _TOLD_WORDS
 
 
 def _checksum(seq: int, level: int, raw: bytes) -> int:

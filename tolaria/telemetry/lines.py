@@ -21,6 +21,7 @@ MAX_TEXT = 4000
 
 PATIENCE_S = 0.005
 LATE_S = 1.0
+SOON_S = 0.2
 CLOSE_S = 5.0
 QUEUE_BYTES = 1 << 20
 
@@ -79,7 +80,7 @@ class LineFile:
             raise RunDirError(f"{path}: cannot be opened for writing ({error.strerror})") from error
 
     def append(self, record: Mapping[str, object], *, wait: bool = True) -> bool:
-        """Write the record on a line of its own. False if it is known to be lost. ``wait`` False: at some time soon."""
+        """Write the record on a line of its own. False if it is known to be lost. ``wait`` False: within SOON_S."""
         entry = _Entry(_line(record))
         with self._changed:
             if self._closed:
@@ -93,7 +94,9 @@ class LineFile:
                 self._thread.start()
             self._queue.append(entry)
             self._queued_bytes += len(entry.data)
-            self._changed.notify()
+            if wait:
+                # Waking the thread costs the caller 50 microseconds; without it, it looks by itself.
+                self._changed.notify()
         if wait and time.monotonic() >= self._patient_from and not entry.done.wait(PATIENCE_S):
             self._patient_from = time.monotonic() + LATE_S
         return not entry.failed
@@ -119,9 +122,12 @@ class LineFile:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue and not self._closed:
+                    self._changed.wait(SOON_S)
                 if not self._queue:
-                    return
+                    if self._closed:
+                        return
+                    continue
                 entry = self._queue.popleft()
             entry.failed = not self._put(entry.data)
             with self._changed:

@@ -1,4 +1,4 @@
-"""Running means kept on the device, so that the training loop never waits to add to them."""
+"""Running means and rates."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,35 +22,27 @@ class Mean:
 
 
 class Meters:
-    """Sums and counts by name in one float64 tensor on ``device``.
+    """Sums and counts by name. Local; of numbers that the host knows.
 
-    `add` only enqueues device work. `read` is the one place where the host waits for the device; call it at the
-    logging interval or the boundary. To average over ranks, sum `packed` over them and pass the result to `unpack`:
-    every value then weighs the same on any number of ranks, also when their shares are uneven.
+    To average over ranks, sum `packed` over them and pass the result to `unpack`: every value then weighs the same on
+    any number of ranks, also when their shares are uneven.
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         if len(set(names)) != len(names) or not names:
             raise ValueError(f"meter names {list(names)}: expected one or more different names")
         self.names = tuple(names)
-        self._sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-        self._rows = dict(zip(self.names, self._sums.unbind(), strict=True))
+        self._sums = {name: [0.0, 0.0] for name in names}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add every element of a tensor of any shape and dtype on the meters' device. Does not wait."""
-        row = self._rows[name]
-        row[0] += values.detach().sum(dtype=torch.float64)
-        row[1] += values.numel()
-
-    def add_total(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Add a sum over ``count`` values that was formed elsewhere (0-D tensors or numbers). Does not wait."""
-        row = self._rows[name]
-        row[0] += total.detach() if isinstance(total, Tensor) else total
-        row[1] += count
+    def add(self, name: str, value: float) -> None:
+        """Add one value."""
+        row = self._sums[name]
+        row[0] += value
+        row[1] += 1.0
 
     def packed(self) -> Tensor:
-        """Totals and counts as one float64 CPU tensor of shape (2 * number of names,). Waits for the device."""
-        return self._sums.flatten().cpu().clone()
+        """Totals and counts as one float64 CPU tensor of shape (2 * number of names,)."""
+        return torch.tensor(list(self._sums.values()), dtype=torch.float64).flatten()
 
     def unpack(self, packed: Tensor) -> dict[str, Mean]:
         """The means by name in a tensor that `packed` made, here or summed over ranks. Local."""
@@ -58,23 +50,22 @@ class Meters:
         return {name: Mean(total, count) for name, (total, count) in zip(self.names, rows, strict=True)}
 
     def read(self) -> dict[str, Mean]:
-        """This rank's means by name. Waits for the device."""
-        return self.unpack(self.packed())
+        """This rank's means by name."""
+        return {name: Mean(total, count) for name, (total, count) in self._sums.items()}
 
     def reset(self) -> None:
-        """Back to no values. Does not wait."""
-        self._sums.zero_()
+        """Back to no values."""
+        self._sums = {name: [0.0, 0.0] for name in self.names}
 
     def state_dict(self) -> dict[str, list[float]]:
         """JSON-able [total, count] by name, so that a run resumed inside an epoch reports the whole epoch."""
-        return {name: [mean.total, mean.count] for name, mean in self.read().items()}
+        return {name: list(row) for name, row in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
         """Take over what `state_dict` returned. Raises ValueError when the names differ."""
         if set(state) != set(self.names):
             raise ValueError(f"meters {sorted(state)} in the state, {sorted(self.names)} here")
-        rows = [[float(v) for v in state[name]] for name in self.names]
-        self._sums.copy_(torch.tensor(rows, dtype=torch.float64))
+        self._sums = {name: [float(v) for v in state[name]] for name in self.names}
 
 
 class Rate:
