@@ -138,11 +138,11 @@ def _assemble(
     # Before the random streams are set: a user's data may draw from any of them.
     evaluator.rehearse()
     _set_streams(config, state, world, saved)
-    sample = _sampling(loader, config.train.batch_size)
+    sample = _sampling(loader)
     coordinator = _coordinator(config, state, replica, world, run, events, journal, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
     page.enter(Phase.COMPILE, state.step)
-    replica.warm_up(sample())
+    replica.warm_up(sample)
     rollback = Rollback(
         state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
         sample=sample,
@@ -207,10 +207,10 @@ def _set_streams(config: Config, state: TrainState, world: World, saved: Saved |
         load_rng_tensors(saved.local_tensors, world.device)
 
 
-def _sampling(loader: Loader, batch_size: int) -> Callable[[], Batch]:
-    """What gives a batch to try a structure with."""
+def _sampling(loader: Loader) -> Callable[[int], Batch]:
+    """What gives a batch of so many samples to try a structure with."""
 
-    def sample() -> Batch:
+    def sample(batch_size: int) -> Batch:
         size = dataset_size(loader.task.train, "training")
         indices = [i % size for i in range(batch_size)]
         # Data may be read with random changes; a trial batch must not move the streams that training draws from.
@@ -231,7 +231,7 @@ def _coordinator(
     events: EventLog,
     journal: Journal,
     cleanup: ExitStack,
-    sample: Callable[[], Batch],
+    sample: Callable[[int], Batch],
 ) -> Coordinator:
     client = revive = None
     if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):

@@ -57,7 +57,7 @@ def build(folder: Path, *, structure_limit: int = 64, blend_steps: int = 2) -> R
     """A compiled rig whose first structure is warm."""
     config = tiny_config(compiled=True, embargo_boundaries=0, blend_steps=blend_steps)
     rig = Rig.build(folder, config=replace(config, compile=CompileConfig(structure_limit=structure_limit)))
-    rig.replica.warm_up(rig.batches()[0])
+    rig.replica.warm_up(rig.sample)
     return rig
 
 
@@ -200,7 +200,7 @@ def test_a_backend_that_fails_leaves_the_run_as_an_eager_one(
         folder.mkdir()
         config = tiny_config(compiled=name == "compiled")
         with Rig.build(folder, config=config) as rig:
-            rig.replica.warm_up(rig.batches()[0])
+            rig.replica.warm_up(rig.sample)
             rig.train(3)
             digests.append(rig.state.digest())
             if name == "compiled":
