@@ -13,6 +13,7 @@ import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
+from tolaria.compiled_code import compiled_code
 from tolaria.config import POLICY_NONE, Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
@@ -123,7 +124,10 @@ def _assemble(
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
-    replica = Replica(state, world, config, events)
+    code = None
+    if config.compile.enabled or config.optim.compile_step:
+        code = cleanup.enter_context(compiled_code(config.compile.cache, run.path, run.run_id, world, events))
+    replica = Replica(state, world, config, events, code)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
     facts = facts_of(config, make_task, world)

@@ -102,6 +102,7 @@ class CompileConfig:
 
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
+    cache: str = doc("run", "compiled code for the next start: run (.compile_cache beside the run) | torch | a folder")
     structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from tolaria.compiled_code import CompiledCode
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -39,11 +40,14 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Replica:
     """Runs forward and backward of this rank's model. Holds no state of its own that a checkpoint would need."""
 
-    def __init__(self, state: TrainState, world: World, config: Config, events: EventLog) -> None:
+    def __init__(
+        self, state: TrainState, world: World, config: Config, events: EventLog, code: CompiledCode | None = None
+    ) -> None:
         self.state = state
         self.world = world
         self.config = config
         self.events = events
+        self.code = code
         self.compiled = config.compile.enabled
         self.compiled_step = CompiledStep() if config.optim.compile_step else None
         self.shadows: list[tuple[Seed, Objective]] = []
@@ -177,6 +181,8 @@ class Replica:
         if verdict != _FINE:
             raise TaskError(reason or "the model failed on another rank")
         self._warm |= new
+        if self.code is not None:
+            self.code.keep()
 
     def _parts(self) -> set[Part]:
         """What a step runs now; each is compiled and tried by itself."""
