@@ -86,12 +86,13 @@ def compiled_code(
 
     ``run``: the run directory. Collective: all ranks enter it together.
     """
-    if setting == "torch" or world.peers.max(torch.tensor([int(VARIABLE in os.environ)])):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir, temporary_cache_dir  # noqa: PLC0415 - slow
+
+    # torch sets the variable itself, to its default; anything else is the user's.
+    own = os.environ.get(VARIABLE, default_cache_dir()) != default_cache_dir()
+    if setting == "torch" or world.peers.max(torch.tensor([int(own)])):
         yield None
         return
-    # Not before it was looked at: torch sets the variable itself. And it takes a second.
-    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir  # noqa: PLC0415
-
     folder = run.parent / FOLDER if setting == "run" else Path(setting)
     work = Path(tempfile.gettempdir()) / f"tolaria-code-{run_id}"
     code = CompiledCode(folder / f"{_machine(world.device)}.pack", work, world.local_rank == 0, events)

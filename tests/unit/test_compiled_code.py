@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.rig import alone
 from tolaria.compiled_code import CompiledCode, compiled_code
@@ -148,17 +149,20 @@ def test_two_runs_that_write_at_once_leave_the_file_of_one_of_them(tmp_path: Pat
     assert told(tmp_path, "compile_cache_refused") == []
 
 
+@pytest.mark.parametrize("before", [None, default_cache_dir()])  # torch sets the variable, too
 def test_torch_compiles_into_it_and_elsewhere_afterwards(
-    tmp_path: Path, events: EventLog, monkeypatch: pytest.MonkeyPatch
+    before: str | None, tmp_path: Path, events: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     with compiled_code("run", run, "a" * 32, alone(), events) as code:
         assert code is not None and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(code.work)
         assert code.pack.parent == tmp_path / "runs" / ".compile_cache"
         work = code.work
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and not work.exists()
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before and not work.exists()
     with compiled_code(str(tmp_path / "own"), run, "a" * 32, alone(), events) as code:
         assert code is not None and code.pack.parent == tmp_path / "own"
 
