@@ -150,6 +150,19 @@ def test_each_structure_is_compiled_once_and_coming_back_to_it_costs_nothing(
         assert fallbacks(rig) == []
 
 
+def test_what_runs_already_is_not_tried_again(compiler: Compiler, tmp_path: Path) -> None:
+    with build(tmp_path) as rig:
+        rig.train(2)
+        command(rig, do.germinate(SLOT, "low_rank"))
+        calls = compiler.calls
+        assert rig.boundary(do.start_training(SLOT)).outcomes[0].applied
+        assert compiler.calls == calls + 1  # the shadow branch alone
+        rig.train(2)
+        calls = compiler.calls
+        assert rig.boundary(do.start_grafting(SLOT)).outcomes[0].applied
+        assert compiler.calls == calls + 1  # the host with the seed in it
+
+
 def test_more_than_eight_structures_in_one_slot_run_compiled(compiler: Compiler, tmp_path: Path) -> None:
     with build(tmp_path) as rig:
         rig.train(2)
