@@ -124,9 +124,7 @@ def _assemble(
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
-    code = None
-    if config.compile.enabled or config.optim.compile_step:
-        code = cleanup.enter_context(compiled_code(config.compile.cache, run.path, run.run_id, world, events))
+    code = cleanup.enter_context(compiled_code(config, run.path, run.run_id, world, events))
     replica = Replica(state, world, config, events, code)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
@@ -154,8 +152,7 @@ def _assemble(
     guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
     trainer = Trainer(
         Parts(
-            config=config,
-            world=world,
+            config=config, world=world,
             task=task,
             state=state,
             loader=loader,

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.telemetry.events import EventLog
 
@@ -80,17 +81,21 @@ class CompiledCode:
 
 @contextmanager
 def compiled_code(
-    setting: str, run: Path, run_id: str, world: World, events: EventLog
+    config: Config, run: Path, run_id: str, world: World, events: EventLog
 ) -> Iterator[CompiledCode | None]:
     """While it lasts torch.compile keeps its code as ``compile.cache`` says; None where that is torch's own affair.
 
     ``run``: the run directory. Collective: all ranks enter it together.
     """
+    setting = config.compile.cache
+    if setting == "torch" or not (config.compile.enabled or config.optim.compile_step):
+        yield None
+        return
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir, temporary_cache_dir  # noqa: PLC0415 - slow
 
     # torch sets the variable itself, to its default; anything else is the user's.
     own = os.environ.get(VARIABLE, default_cache_dir()) != default_cache_dir()
-    if setting == "torch" or world.peers.max(torch.tensor([int(own)])):
+    if world.peers.max(torch.tensor([int(own)])):
         yield None
         return
     folder = run.parent / FOLDER if setting == "run" else Path(setting)
@@ -127,7 +132,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _private_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _require_private(folder)
 
 

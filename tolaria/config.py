@@ -106,6 +106,7 @@ class CompileConfig:
     structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:
+        require(bool(self.cache), "compile.cache", self.cache, "run, torch, or a folder")
         require(self.structure_limit >= 8, "compile.structure_limit", self.structure_limit, "8 or more")
 
 

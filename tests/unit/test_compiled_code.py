@@ -11,7 +11,13 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.rig import alone
 from tolaria.compiled_code import CompiledCode, compiled_code
+from tolaria.config import CompileConfig, Config
 from tolaria.telemetry.events import EventLog, read_events
+
+
+def config_of(cache: str, *, enabled: bool = True) -> Config:
+    return Config(compile=CompileConfig(enabled=enabled, cache=cache))
+
 
 WHOLE = {"ab/code.so": b"\x7fELF" * 100, "fxgraph/entry": b"graph", "ab/code.lock": b""}
 
@@ -158,12 +164,12 @@ def test_torch_compiles_into_it_and_elsewhere_afterwards(
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
-    with compiled_code("run", run, "a" * 32, alone(), events) as code:
+    with compiled_code(config_of("run"), run, "a" * 32, alone(), events) as code:
         assert code is not None and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(code.work)
         assert code.pack.parent == tmp_path / "runs" / ".compile_cache"
         work = code.work
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before and not work.exists()
-    with compiled_code(str(tmp_path / "own"), run, "a" * 32, alone(), events) as code:
+    with compiled_code(config_of(str(tmp_path / "own")), run, "a" * 32, alone(), events) as code:
         assert code is not None and code.pack.parent == tmp_path / "own"
 
 
@@ -172,6 +178,12 @@ def test_a_users_own_place_is_left_alone(
     setting: str, tmp_path: Path, events: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "theirs"))
-    with compiled_code(setting, tmp_path / "run", "a" * 32, alone(), events) as code:
+    with compiled_code(config_of(setting), tmp_path / "run", "a" * 32, alone(), events) as code:
         assert code is None
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "theirs")
+
+
+def test_an_eager_run_keeps_nothing(tmp_path: Path, events: EventLog) -> None:
+    with compiled_code(config_of("run", enabled=False), tmp_path / "run", "a" * 32, alone(), events) as code:
+        assert code is None
+    assert not (tmp_path / ".compile_cache").exists()
