@@ -2,7 +2,8 @@
 
 Two ranks train a model of step_latency.py by hand, with DDP. Before the update of every so many steps they agree as a
 run over several machines does (`tolaria.fence.CollectiveFence`; the ranks of one machine share memory instead).
-"Overlapped" starts the sum before the forward pass and reads it before the update, "in the way" does both before the update. All variants take turns in the same two processes.
+"Overlapped" starts the sum before the forward pass and reads it before the update, "in the way" does both before the
+update. All variants take turns in the same two processes.
 
     steps       from one agreement to the next
     us a step   above a step without any agreement, median over rounds; and as a share of that step

@@ -162,6 +162,11 @@ class Rig:
         evaluator = Evaluator(task, state, replica, loader, world, config.data.validation_batch_size)
         return cls(config, world, task, state, loader, replica, step, evaluator, events, folder / "events.jsonl")
 
+    def sample(self, batch_size: int) -> Batch:
+        """A batch of so many samples, for a trial; the sampler does not move."""
+        plan = [(list(range(batch_size)), [1.0 / batch_size] * batch_size)]
+        return next(iter(self.loader.batches(self.task.train, plan)))
+
     def batches(self) -> list[Batch]:
         """The microbatches of the next optimizer step."""
         plan = self.state.sampler.remaining()[: self.state.sampler.accumulation]
@@ -201,7 +206,7 @@ class Rig:
         )  # fmt: skip
         return apply_decision(
             decision, state, self.replica, self.world.peers,
-            healthy_boundaries=2, sample=lambda: self.batches()[0],
+            healthy_boundaries=2, sample=self.sample,
         )  # fmt: skip
 
     def grow(self, slot: str, to: SeedStage, blueprint: str = "low_rank") -> None:

@@ -13,6 +13,7 @@ import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
+from tolaria.compiled_code import compiled_code
 from tolaria.config import POLICY_NONE, Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
@@ -125,7 +126,8 @@ def _assemble(
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
-    replica = Replica(state, world, config, events)
+    code = cleanup.enter_context(compiled_code(config, run.path, run.run_id, world, events))
+    replica = Replica(state, world, config, events, code)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
     facts = facts_of(config, make_task, world)
@@ -140,11 +142,11 @@ def _assemble(
     # Before the random streams are set: a user's data may draw from any of them.
     evaluator.rehearse()
     _set_streams(config, state, world, saved)
-    sample = _sampling(loader, config.train.batch_size)
+    sample = _sampling(loader)
     coordinator = _coordinator(config, state, replica, world, run, events, journal, cleanup, sample)
     progress.status("compiling" if replica.compiled else "checking the model")
     page.enter(Phase.COMPILE, state.step)
-    replica.warm_up(sample())
+    replica.warm_up(sample)
     rollback = Rollback(
         state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
         sample=sample,
@@ -152,8 +154,7 @@ def _assemble(
     guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
     trainer = Trainer(
         Parts(
-            config=config,
-            world=world,
+            config=config, world=world,
             task=task,
             state=state,
             loader=loader,
@@ -209,10 +210,10 @@ def _set_streams(config: Config, state: TrainState, world: World, saved: Saved |
         load_rng_tensors(saved.local_tensors, world.device)
 
 
-def _sampling(loader: Loader, batch_size: int) -> Callable[[], Batch]:
-    """What gives a batch to try a structure with."""
+def _sampling(loader: Loader) -> Callable[[int], Batch]:
+    """What gives a batch of so many samples to try a structure with."""
 
-    def sample() -> Batch:
+    def sample(batch_size: int) -> Batch:
         size = dataset_size(loader.task.train, "training")
         indices = [i % size for i in range(batch_size)]
         # Data may be read with random changes; a trial batch must not move the streams that training draws from.
@@ -233,7 +234,7 @@ def _coordinator(
     events: EventLog,
     journal: Journal,
     cleanup: ExitStack,
-    sample: Callable[[], Batch],
+    sample: Callable[[int], Batch],
 ) -> Coordinator:
     client = revive = None
     if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):

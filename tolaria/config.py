@@ -102,9 +102,11 @@ class CompileConfig:
 
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
+    cache: str = doc("run", "compiled code for the next start: run (.compile_cache beside the run) | torch | a folder")
     structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:
+        require(bool(self.cache), "compile.cache", self.cache, "run, torch, or a folder")
         require(self.structure_limit >= 8, "compile.structure_limit", self.structure_limit, "8 or more")
 
 

@@ -6,20 +6,21 @@
 A parameter that comes later is silently never reduced, so every change of structure ends here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import groupby
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from tolaria.compiled_code import CompiledCode
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
-from tolaria.gradients.fused import WEIGHT_FLOOR, WEIGHT_FLOOR_FP16, ProjectedGradients, WeightedGradients
-from tolaria.gradients.owners import Owners
-from tolaria.gradients.sync import DdpGradients, GradientSync, send_from_first
+from tolaria.gradients.choice import make_sync
+from tolaria.gradients.sync import send_from_first
 from tolaria.gradients.tally import Tally
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.shadow import average_gradients, make_twin, random_streams_kept, refresh_buffers
@@ -27,6 +28,10 @@ from tolaria.objective import Batch, Objective
 from tolaria.optim.compiled import CompiledStep
 from tolaria.state import TrainState, named_buffers_of
 from tolaria.telemetry.events import EventLog
+from tolaria.trial import MODEL_ERRORS, Reach, fine_on_one, host_reach, without_a_trace
+
+Part: TypeAlias = tuple[Any, ...]
+"""One of the things that a step runs: a kind, and what makes another one of it."""
 
 _FINE, _NOT_COMPILED, _BROKEN = range(3)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,17 +40,20 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Replica:
     """Runs forward and backward of this rank's model. Holds no state of its own that a checkpoint would need."""
 
-    def __init__(self, state: TrainState, world: World, config: Config, events: EventLog) -> None:
+    def __init__(
+        self, state: TrainState, world: World, config: Config, events: EventLog, code: CompiledCode | None = None
+    ) -> None:
         self.state = state
         self.world = world
         self.config = config
         self.events = events
+        self.code = code
         self.compiled = config.compile.enabled
         self.compiled_step = CompiledStep() if config.optim.compile_step else None
         self.shadows: list[tuple[Seed, Objective]] = []
         self.tally = Tally(list(state.kasmina.seeds), world.device)
-        self.sync = _make_sync(state, world, config, self.tally)
-        self._warm: set[object] = set()
+        self.sync = make_sync(state, world, config, self.tally)
+        self._warm: set[Part] = set()
         self._gave_up = False
         self._moving: set[str] = set()
         self._kept: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -99,10 +107,13 @@ class Replica:
 
     def shadow_backward(self, batch: Batch) -> None:
         """Forward and backward of every TRAINING seed's shadow; adds to the seeds' gradients on this rank only."""
-        if not self.shadows:
+        self._shadow_backward(batch, self.shadows)
+
+    def _shadow_backward(self, batch: Batch, shadows: Sequence[tuple[Seed, Objective]]) -> None:
+        if not shadows:
             return
         with random_streams_kept(self.world.device):
-            for _, twin in self.shadows:
+            for _, twin in shadows:
                 refresh_buffers(twin, self.state.objective)
                 with self.autocast():
                     loss = twin(batch.inputs, batch.targets, batch.weights)
@@ -150,52 +161,67 @@ class Replica:
 
     # Warm-up
 
-    def warm_up(self, batch: Batch) -> None:
-        """Compile and check structure and optimizer step on one batch; no trace in state, gradients, random streams.
+    def warm_up(self, sample: Callable[[int], Batch]) -> None:
+        """Compile and check what is new in structure and optimizer; no trace in state, gradients, random streams.
 
-        Collective: all ranks call it after a change of structure. A compile failure on any rank puts every rank on
-        eager, with an event. Raises TaskError when the model itself fails or a trainable parameter got no gradient.
+        ``sample``: gives a batch of so many samples, on this rank; not asked where nothing is new. Collective: all
+        ranks call it after a change of structure. A compile failure on any rank puts every rank on eager, with an
+        event. Raises TaskError when the model itself fails or a trainable parameter got no gradient.
         """
-        key = (self.state.kasmina.structure(), tuple(self._trained()), len(self.shadows), type(self.state.optimizer))
-        if key in self._warm:
+        new = self._parts() - self._warm
+        if not new:
             return
-        verdict, reason = self._try_in_turns(batch)
+        verdict, reason = self._try_in_turns(sample, new)
         if verdict == _NOT_COMPILED:
             self.compiled, self.compiled_step, self._gave_up = False, None, True
             torch.compiler.set_stance("force_eager")
             self.events.emit("compile_fallback", "warning", reason=reason or "another rank could not compile")
-            verdict, reason = self._try_in_turns(batch)
+            verdict, reason = self._try_in_turns(sample, new)
         if verdict != _FINE:
             raise TaskError(reason or "the model failed on another rank")
-        self._warm.add(key)
+        self._warm |= new
+        if self.code is not None:
+            self.code.keep()
 
-    def _try_in_turns(self, batch: Batch) -> tuple[int, str]:
+    def _parts(self) -> set[Part]:
+        """What a step runs now; each is compiled and tried by itself."""
+        structure = self.state.kasmina.structure()
+        trained = tuple(name for name, p in self.state.objective.named_parameters() if p.requires_grad)
+        shadows = {("shadow", seed.slot, seed.blueprint, structure) for seed, _ in self.shadows}
+        return {("host", structure, trained), ("optimizer", type(self.state.optimizer)), *shadows}
+
+    def _try_in_turns(self, sample: Callable[[int], Batch], new: set[Part]) -> tuple[int, str]:
         """The worst verdict over all ranks, and this rank's reason for it. Collective.
 
-        The first rank of each node goes first, so that the others find its compiled code in the cache.
+        The first rank of each node compiles first, so that the others find its code in the cache.
         """
-        for first in (True, False):
+        turn = self.world.local_rank == 0
+        for turns in ((True,), (False,)) if self._compiles else ((True, False),):
             verdict, reason = _FINE, ""
-            if (self.world.local_rank == 0) == first:
-                verdict, reason = self._attempt(batch)
+            if turn in turns:
+                verdict, reason = self._attempt(sample, new)
             worst = int(self.world.peers.max(torch.tensor([verdict])))
             if worst != _FINE:
                 return worst, reason
         return _FINE, ""
 
-    def _attempt(self, batch: Batch) -> tuple[int, str]:
+    @property
+    def _compiles(self) -> bool:
+        return self.compiled or self.compiled_step is not None
+
+    def _attempt(self, sample: Callable[[int], Batch], new: set[Part]) -> tuple[int, str]:
         try:
             # Past its limit dynamo runs eager without a word. Here it is told to fail, so that all ranks do the same.
             with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-                self._trial(batch)
+                self._trial(sample, new)
                 if self.compiled_step is not None:
                     self.compiled_step.rehearse(self.state.optimizer)
         except TaskError as error:
             return _BROKEN, str(error)
         except FailOnRecompileLimitHit:
             return _NOT_COMPILED, f"more structures than compile.structure_limit={self.config.compile.structure_limit}"
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-            if self.compiled or self.compiled_step is not None:
+        except MODEL_ERRORS as error:
+            if self._compiles:
                 # Dynamo, inductor and the toolchain fail with these; if it was the model, eager fails next.
                 return _NOT_COMPILED, f"{type(error).__name__}: {str(error).strip()[:300]}"
             if self.config.train.debug:
@@ -203,51 +229,43 @@ class Replica:
             return _BROKEN, f"the model failed on a batch: {type(error).__name__}: {error}"
         return _FINE, ""
 
-    def _trial(self, batch: Batch) -> None:
-        buffers = [(name, b, b.clone()) for name, b in named_buffers_of(self.state)]
-        try:
-            with random_streams_kept(self.world.device):
+    def _trial(self, sample: Callable[[int], Batch], new: set[Part]) -> None:
+        host = any(part[0] == "host" for part in new)
+        slots = {part[1] for part in new if part[0] == "shadow"}
+        shadows = [(seed, twin) for seed, twin in self.shadows if seed.slot in slots]
+        if not (host or shadows) or (self._one_sample_tells and self._fine_on_one(sample(1), host, shadows)):
+            return
+        batch = sample(self.config.train.batch_size)
+        trained = {s.group: s.named_parameters() for s, _ in shadows}
+        if host:
+            trained["host"] = {n: p for n, p in self.state.objective.named_parameters() if p.requires_grad}
+        with without_a_trace(self.state, self.world.device, self._moving):
+            if host:
                 with self.sync.apart():
                     with self.autocast():
                         loss = self.loss(batch)
                     loss.backward(torch.ones_like(loss))
-                self.shadow_backward(batch)
-            missing = [n for n, p in self._trained_parameters() if p.grad is None]
-        finally:
-            for _, parameter in self._trained_parameters():
-                parameter.grad = None
-            self._moving.update(name for name, buffer, kept in buffers if not torch.equal(buffer, kept))
-            with torch.no_grad():
-                for _, buffer, kept in buffers:
-                    buffer.copy_(kept)
+            self._shadow_backward(batch, shadows)
+            missing = [n for members in trained.values() for n, p in members.items() if p.grad is None]
         if missing:
             raise TaskError(
                 f"parameters without a gradient: {', '.join(missing[:5])}; use them in the loss or freeze them "
                 "with requires_grad_(False)"
             )
 
-    def _trained(self) -> list[str]:
-        return [name for name, _ in self._trained_parameters()]
+    @property
+    def _one_sample_tells(self) -> bool:
+        """Whether a change of a structure that runs may be tried on one sample: not where the whole batch is compiled,
+        where memory is scarce, or where seeds want to know the weights of a whole batch."""
+        whole = self._compiles or self.world.device.type != "cpu" or self.config.aggregate.mode == "weighted"
+        return bool(self._warm) and not whole and not self.config.train.debug
 
-    def _trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        yield from ((n, p) for n, p in self.state.objective.named_parameters() if p.requires_grad)
-        for seed, _ in self.shadows:
-            yield from seed.named_parameters().items()
-
-
-def _make_sync(state: TrainState, world: World, config: Config, tally: Tally) -> GradientSync:
-    """What produces gradients with ``aggregate.mode``."""
-    mode = config.aggregate.mode
-    if mode == "sum":
-        return DdpGradients(state, world, config.dist.growth_bucket_mb)
-    owners = Owners(state.kasmina.seeds, state.sampler, config.aggregate, world.device)
-    if mode == "pcgrad":
-        return ProjectedGradients(state, world, owners, tally, run_seed=config.run.seed)
-    seam = next(iter(state.kasmina.seeds.values())).seam
-    if seam is None:
-        raise ValueError("aggregate.mode='weighted': expected slots with a seam, as build_state makes them")
-    floor = WEIGHT_FLOOR_FP16 if config.precision.amp == "fp16" else WEIGHT_FLOOR
-    return WeightedGradients(state, world, owners, tally, seam=seam, floor=floor)
+    def _fine_on_one(self, batch: Batch, host: bool, shadows: Sequence[tuple[Seed, Objective]]) -> bool:
+        reaches = [Reach(twin, [*seed.named_parameters().values()]) for seed, twin in shadows]
+        if host:
+            # A residual seed is added to what flows to the host anyway.
+            reaches.append(host_reach(self.state, cuts=self.config.kasmina.blend != "residual"))
+        return fine_on_one(self.state, reaches, batch, self.autocast, self._moving)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Rollback:
         ring: SnapshotRing,
         journal: Journal,
         checkpoints: Path,
-        sample: Callable[[], Batch],
+        sample: Callable[[int], Batch],
     ) -> None:
         self.state = state
         self.replica = replica
@@ -107,7 +107,7 @@ class Rollback:
         if not sound:
             self._tell_failed("confirm", "the restored state is not the snapshot's")
             return None
-        self.replica.warm_up(self._sample())
+        self.replica.warm_up(self._sample)
         self.ring.drop_after(target.step)
         return Restored(
             taken=taken, source=f"snapshot of step {target.step}", branch=target.branch, milliseconds=spent,
@@ -147,7 +147,7 @@ class Rollback:
         self._swap_in(loaded.tensors, loaded.meta, loaded.local_tensors)
         live = self.ring.live_digest(self.state.tensors(), self.state.meta())
         self.world.peers.require_equal(live, "the state after going back")
-        self.replica.warm_up(self._sample())
+        self.replica.warm_up(self._sample)
         self.ring.drop_after(loaded.step)
         spent = {"read": (read - start) * 1e3, "swap": (time.perf_counter() - read) * 1e3}
         return Restored(

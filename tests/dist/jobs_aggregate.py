@@ -81,7 +81,7 @@ def compiled_and_eager(mode: str) -> dict[str, Any]:
         with on_all_ranks(config, seeds, owner=owner, opposed=True) as rig:
             blending = rig.state.kasmina.seeds["b"]
             blending.blend_steps, blending.blend_position = 8, 2
-            rig.replica.warm_up(rig.batches()[0])
+            rig.replica.warm_up(rig.sample)
             graphs: int = counters["stats"]["unique_graphs"]
             found.append(gradients(rig, 4))
             told = {

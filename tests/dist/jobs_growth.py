@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -164,11 +164,28 @@ def walk(signal: str, mode: str = "sum") -> dict[str, Any]:
 
 def collectives(rig: Rig) -> dict[str, int]:
     """The collectives of the next step, by name."""
+    return collectives_of(partial(rig.train, 1))
+
+
+def collectives_of(work: Callable[[], object]) -> dict[str, int]:
+    """The collectives of something, by name."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        rig.train(1)
+        work()
         # gloo's own thread notes the end of a collective, a little after the ranks have gone on.
         time.sleep(0.05)
     return dict(Counter(event.name for event in seen.events() if event.name.startswith("gloo:")))
+
+
+def wrapping() -> dict[str, Any]:
+    """The collectives of making a wrapper, at the start and later; then a step."""
+    with joined() as rig:
+        rig.train(2)
+        found = {
+            "later": collectives_of(partial(rig.replica.rebuild, afresh=True)),
+            "first": collectives_of(partial(rig.replica.rebuild, first=True)),
+        }
+        rig.train(3)
+        return {**found, "digests": digests(rig)}
 
 
 # Faults on one rank

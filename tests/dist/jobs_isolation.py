@@ -12,16 +12,17 @@ from tolaria.streams import load_rng_tensors, rng_tensors
 from tolaria.tamiyo import policy as do
 
 
-def isolation(signal: str) -> list[str]:
+def isolation(signal: str, compiled: bool = False) -> list[str]:
     """Where the host of a run with a TRAINING seed differs from that of a run without one, over all ranks."""
     traces = []
     for grown in (True, False):
-        with joined(tiny_config(signal=signal), dropout=0.3) as rig:
+        with joined(tiny_config(signal=signal, compiled=compiled), dropout=0.3) as rig:
             rig.train(2)
             for command in (do.germinate("early", "residual_mlp"), do.start_training("early")):
                 must(rig, *([command] if grown else []))
                 rig.train(1)
-            traces.append(trace(rig, 3))
+            traces.append(trace(rig, 3, logits=not compiled))
+            assert rig.replica.compiled == compiled
     return differences(*traces)
 
 

@@ -164,7 +164,7 @@ def make_config(
             epochs=100, max_steps=steps, batch_size=BATCH, accumulation=accumulation, boundary_steps=BOUNDARY_STEPS
         ),
         precision=PrecisionConfig(amp="bf16"),
-        compile=CompileConfig(enabled=compiled),
+        compile=CompileConfig(enabled=compiled, cache="torch"),  # compiling everything anew takes minutes
         optim=OptimConfig(name=optimizer, lr=0.02),
         lr=LRConfig(policy="cosine", warmup_steps=4, seed_warmup_steps=5),
         kasmina=gates,

@@ -125,6 +125,17 @@ def test_over_ranks_too_a_training_seed_is_not_felt_by_the_host(two_ranks: RankP
     assert two_ranks.run("tests.dist.jobs_isolation:isolation", signal=signal) == [[], []]
 
 
+def test_compiled_too_the_host_is_bit_for_bit_that_of_a_run_without_the_seed(two_ranks: RankPool) -> None:
+    assert two_ranks.run("tests.dist.jobs_isolation:isolation", signal="shadow", compiled=True) == [[], []]
+
+
+def test_a_new_wrapper_sends_no_weights_around(two_ranks: RankPool) -> None:
+    for told in two_ranks.run("tests.dist.jobs_growth:wrapping"):
+        assert told["later"] == {}
+        assert sum(told["first"].values()) > 0
+        assert len(set(told["digests"])) == 1
+
+
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_in_one_compiled_graph_the_host_is_the_same_for_every_seed(two_ranks: RankPool, signal: str) -> None:
     leaky, job = signal == "straight_through", "tests.dist.jobs_isolation:compiled_isolation"

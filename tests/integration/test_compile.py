@@ -57,7 +57,7 @@ def build(folder: Path, *, structure_limit: int = 64, blend_steps: int = 2) -> R
     """A compiled rig whose first structure is warm."""
     config = tiny_config(compiled=True, embargo_boundaries=0, blend_steps=blend_steps)
     rig = Rig.build(folder, config=replace(config, compile=CompileConfig(structure_limit=structure_limit)))
-    rig.replica.warm_up(rig.batches()[0])
+    rig.replica.warm_up(rig.sample)
     return rig
 
 
@@ -150,6 +150,19 @@ def test_each_structure_is_compiled_once_and_coming_back_to_it_costs_nothing(
         assert fallbacks(rig) == []
 
 
+def test_what_runs_already_is_not_tried_again(compiler: Compiler, tmp_path: Path) -> None:
+    with build(tmp_path) as rig:
+        rig.train(2)
+        command(rig, do.germinate(SLOT, "low_rank"))
+        calls = compiler.calls
+        assert rig.boundary(do.start_training(SLOT)).outcomes[0].applied
+        assert compiler.calls == calls + 1  # the shadow branch alone
+        rig.train(2)
+        calls = compiler.calls
+        assert rig.boundary(do.start_grafting(SLOT)).outcomes[0].applied
+        assert compiler.calls == calls + 1  # the host with the seed in it
+
+
 def test_more_than_eight_structures_in_one_slot_run_compiled(compiler: Compiler, tmp_path: Path) -> None:
     with build(tmp_path) as rig:
         rig.train(2)
@@ -200,7 +213,7 @@ def test_a_backend_that_fails_leaves_the_run_as_an_eager_one(
         folder.mkdir()
         config = tiny_config(compiled=name == "compiled")
         with Rig.build(folder, config=config) as rig:
-            rig.replica.warm_up(rig.batches()[0])
+            rig.replica.warm_up(rig.sample)
             rig.train(3)
             digests.append(rig.state.digest())
             if name == "compiled":

@@ -94,8 +94,7 @@ def graphs() -> int:
 
 def test_growth_and_cull_compile_the_steps_of_new_groups_and_of_no_other(tmp_path: Path) -> None:
     with Rig.build(tmp_path, config=config_of("adamw", compiled=True)) as rig:
-        (batch,) = rig.batches()
-        rig.replica.warm_up(batch)  # with a stand-in
+        rig.replica.warm_up(rig.sample)  # with a stand-in
         before = graphs()
         rig.train(2)
         assert graphs() == before + 1
@@ -117,8 +116,7 @@ def test_another_hyperparameter_compiles_its_group_again_and_takes_effect(tmp_pa
         folder = tmp_path / str(compiled)
         folder.mkdir()
         with Rig.build(folder, config=config_of("sgd", compiled=compiled)) as rig:
-            (batch,) = rig.batches()
-            rig.replica.warm_up(batch)
+            rig.replica.warm_up(rig.sample)
             rig.train(2)
             before = graphs()
             assert rig.boundary(do.set_optimizer("host", weight_decay=0.1)).outcomes[0].applied
@@ -157,10 +155,9 @@ def test_a_step_that_can_not_be_compiled_is_taken_eager(tmp_path: Path, monkeypa
     for name in ("compiled", "plain"):
         (tmp_path / name).mkdir()
         with Rig.build(tmp_path / name, config=config_of("sgd", compiled=name == "compiled")) as rig:
-            (batch,) = rig.batches()
             if name == "compiled":
                 monkeypatch.setattr(compiled_module, "_step", fail)
-            rig.replica.warm_up(batch)
+            rig.replica.warm_up(rig.sample)
             assert rig.replica.compiled_step is None
             told = [event["reason"] for event in rig.told("compile_fallback")]
             assert told == (["RuntimeError: no compiler here"] if name == "compiled" else [])

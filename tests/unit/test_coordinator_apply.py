@@ -41,10 +41,10 @@ def carry_out(
 ) -> Applied:
     """Apply a decision with these exact bytes; ``broken``: no batch can be had for the new structure's trial."""
 
-    def sample() -> Batch:
+    def sample(batch_size: int) -> Batch:
         if broken:
             raise TaskError("no batch to be had")
-        return rig.batches()[0]
+        return rig.sample(batch_size)
 
     decision = Decision(
         boundary=rig.state.boundary, step_effective=rig.state.step, source=source, reason="answered",

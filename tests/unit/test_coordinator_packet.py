@@ -52,7 +52,7 @@ def coordinator(rig: Rig, client: Recorder | None) -> Coordinator:
     )
     return Coordinator(
         rig.state, rig.replica, rig.world, TamiyoConfig(), rig.events, facts=facts, client=client, revive=None,
-        journal=Journal(Timeline(), wal=None, good_after=2), rest_boundaries=3, sample=lambda: rig.batches()[0],
+        journal=Journal(Timeline(), wal=None, good_after=2), rest_boundaries=3, sample=rig.sample,
         wall_ns=lambda: 5,
     )  # fmt: skip
 

@@ -149,7 +149,7 @@ def test_nobody_goes_on_before_all_have_told(tmp_path: Path) -> None:
 def test_a_rank_that_never_tells_is_lost(tmp_path: Path) -> None:
     first, _ = shared(tmp_path / "page", 2, timeout_s=0.1)
     tell(first)
-    with pytest.raises(PeerLost, match="within 0.1 s"):
+    with pytest.raises(PeerLost, match=r"within 0\.1 s"):
         first.close()
 
 

@@ -153,7 +153,7 @@ def test_a_skipped_step_leaves_running_statistics_also_those_of_what_is_frozen(f
         rig.grow(SLOT, SeedStage.BLENDING)
         command(rig, do.freeze(frozen))
         (batch,) = rig.batches()
-        rig.replica.warm_up(batch)
+        rig.replica.warm_up(rig.sample)
         before = {name: buffer.clone() for name, buffer in rig.state.host_buffers.items()}
         assert not rig.take_step([poisoned(batch)]).taken
         assert all(same_bits(rig.state.host_buffers[name], buffer) for name, buffer in before.items())

@@ -9,7 +9,7 @@ import pytest
 
 from tolaria import emergency
 from tolaria.recovery.no_page import NoPage
-from tolaria.recovery.page import OPERATOR, Page, Phase, RankLine
+from tolaria.recovery.page import LINE_WORDS, OPERATOR, Page, Phase, RankLine
 from tolaria.recovery.pulse import Pulse
 from tolaria.recovery.watchdog import culprit, overdue, waits_for_others
 
@@ -54,7 +54,7 @@ def test_there_is_no_such_level(page: Page, level: int) -> None:
 
 def test_a_half_written_alarm_is_not_seen(page: Page) -> None:
     page.raise_level(3, "spike")
-    at = 2 * 32 + 12
+    at = 2 * LINE_WORDS + 12
     whole = list(page._words[at : at + 4])
     for word, value in ((0, whole[0] + 1), (1, 4), (2, 0), (3, 7)):
         page._words[at + word] = value

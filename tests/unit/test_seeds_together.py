@@ -192,9 +192,7 @@ def decide(rig: Rig, *commands: Command) -> list[str]:
         boundary=rig.state.boundary, step_effective=rig.state.step, source="policy", reason="answered",
         conservative=False, commands=tuple(map(encode_command, commands)),
     )  # fmt: skip
-    applied = apply_decision(
-        decision, rig.state, rig.replica, rig.world.peers, healthy_boundaries=2, sample=lambda: rig.batches()[0]
-    )
+    applied = apply_decision(decision, rig.state, rig.replica, rig.world.peers, healthy_boundaries=2, sample=rig.sample)
     return [outcome.code for outcome in applied.outcomes]
 
 

@@ -91,7 +91,7 @@ def apply_decision(
     peers: Peers,
     *,
     healthy_boundaries: int,
-    sample: Callable[[], Batch],
+    sample: Callable[[int], Batch],
 ) -> Applied:
     """Carry out a broadcast decision. Collective: every rank calls it with the same decision.
 
@@ -237,7 +237,7 @@ def _carry_out(
     replica: Replica,
     peers: Peers,
     result: Applied,
-    sample: Callable[[], Batch],
+    sample: Callable[[int], Batch],
 ) -> tuple[str, str] | None:
     """None if the plan is in force on every rank, else (code, reason) of what to report after going back."""
     error = ""
@@ -257,7 +257,7 @@ def _carry_out(
         result.digest = digests[0].hex()
     with result.timed("warm_up"):
         try:
-            replica.warm_up(sample())
+            replica.warm_up(sample)
         except PeerLost:
             raise
         except TolariaError as cause:

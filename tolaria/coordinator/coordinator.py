@@ -74,7 +74,7 @@ class Coordinator:
         journal: Journal,
         client: PolicyClient | None,
         revive: Callable[[], bool] | None,
-        sample: Callable[[], Batch],
+        sample: Callable[[int], Batch],
         rest_boundaries: int,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
