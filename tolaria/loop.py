@@ -32,6 +32,7 @@ from tolaria.guard import Guard
 from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.process import StopFlag
+from tolaria.profiling import Unprofiled
 from tolaria.record import RunRecord
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
@@ -71,6 +72,7 @@ class Parts:
     events: EventLog
     metrics: MetricsLog | None
     progress: Progress
+    profiler: Unprofiled
     stop: StopFlag
     facts: Mapping[str, Any]
 
@@ -181,15 +183,15 @@ class Trainer:
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
         self._asked = time.perf_counter()
+        self.parts.profiler.step(self.state.step)
         while (window := sampler.window) is not None and (group := list(islice(batches, sampler.accumulation))):
             yield window, group
             self._asked = time.perf_counter()
+            self.parts.profiler.step(self.state.step)
 
     def _done(self) -> bool:
         config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or bool(
-            config.max_steps and self.state.step >= config.max_steps
-        )
+        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
 
     def _signal(self) -> int:
         name = self.parts.stop.signal_name
