@@ -103,6 +103,7 @@ class CompileConfig:
 
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
+    validation: Literal["auto", "on", "off"] = doc("auto", "compile validation too; auto: from 32 batches a rank on")
     structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:
