@@ -95,6 +95,7 @@ class PrecisionConfig:
 
     amp: Literal["bf16", "fp16", "off"] = doc("bf16", "autocast type; fp16 adds gradient scaling and needs CUDA")
     tf32: bool = doc(True, "TF32 matrix products on CUDA")
+    channels_last: Literal["auto", "on", "off"] = doc("auto", "4-D tensors channels last; auto: Conv2d on CUDA")
 
 
 @dataclass(frozen=True, kw_only=True)

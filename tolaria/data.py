@@ -171,6 +171,8 @@ class Loader:
         self.task = task
         # How many slots there are, once it is known: the seed ids of samples are checked against it.
         self.num_slots: int | None = None
+        # Of tensors of four dimensions, once the model is known.
+        self.memory_format = torch.preserve_format
         self._emit = emit
         self.config = config
         self.device = device
@@ -200,7 +202,9 @@ class Loader:
 
         items = load(make, len(plan), timeout_s=self.config.timeout_s, tell=self._tell) if processes else iter(make(0))
         on_host = self._loaded(items, plan)
-        return self._ahead(on_host) if self._stream is not None else on_host
+        if self._stream is not None:
+            return self._ahead(on_host)
+        return on_host if self.memory_format == torch.preserve_format else map(self._copy, on_host)
 
     def _loaded(self, items: Iterator[Any], plan: Plan) -> Iterator[Batch]:
         with users_code("loading the task's data"):
@@ -224,21 +228,20 @@ class Loader:
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         # The copy of the next batch runs on a stream of its own while this one is computed.
-        following = self._copy(next(batches, None))
+        copies = map(self._copy, batches)
+        following = next(copies, None)
         while following is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)  # type: ignore[arg-type]
             current = following
             for tensor in _tensors((current.inputs, current.targets, current.weights, current.seed_ids)):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
-            following = self._copy(next(batches, None))
+            following = next(copies, None)
             yield current
 
-    def _copy(self, batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
+    def _copy(self, batch: Batch) -> Batch:
         with torch.cuda.stream(self._stream):
             names = ("inputs", "targets", "weights", "seed_ids")
-            return replace(batch, **{name: _move(getattr(batch, name), self.device) for name in names})
+            return replace(batch, **{n: _move(getattr(batch, n), self.device, self.memory_format) for n in names})
 
 
 def _checked_ids(ids: Any, batch: int, num_slots: int | None) -> Tensor:
@@ -254,13 +257,14 @@ def _checked_ids(ids: Any, batch: int, num_slots: int | None) -> Tensor:
     return ids
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device, form: torch.memory_format) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        own = form if value.dim() == 4 else torch.preserve_format
+        return value.to(device, non_blocking=True, memory_format=own)
     if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: _move(item, device, form) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(item, device) for item in value)
+        return type(value)(_move(item, device, form) for item in value)
     return value
 
 
