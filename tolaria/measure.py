@@ -121,8 +121,9 @@ class Evaluator:
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
                 local.update(self._probe(seed, losses))
-        packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
-        values = dict(zip(local, packed.tolist(), strict=True))
+        # Brought together on the device, so that the host waits for it once and not for each value.
+        packed = torch.stack([v.to(self.world.device, torch.float64) for v in local.values()]).cpu()
+        values = dict(zip(local, self.world.peers.sum(packed).tolist(), strict=True))
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
         report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
