@@ -25,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from tolaria.recovery.sentinel import tensor_hash
+from tolaria.compare import tensor_hashes
 from tolaria.recovery.snapshots import SnapshotRing, copy_back
 from tolaria.recovery.staging import Payload
 
@@ -72,7 +72,7 @@ def _measure(size: float) -> dict[str, float]:
         sides: dict[str, Callable[[], object]] = {
             "memcpy": lambda: torch._foreach_copy_(list(other.values()), list(live.values())),
             "later": lambda: _take(ring, live),
-            "hashing": lambda: [tensor_hash(tensor) for tensor in live.values()],
+            "hashing": lambda: tensor_hashes(live),
             "copy back": lambda: copy_back(ring.get(ring.held()[-1].seq).tensors, live, lambda: False),
             "torch.save": lambda: torch.save(live, file),
             "torch.load": lambda: torch.load(file, weights_only=True),

@@ -30,7 +30,11 @@ DUMP_BEFORE_DEADLINE_S = 5.0
 WATCHED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
 # Set once per process by torch and Python themselves, not by a test.
-LASTING_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK"}
+LASTING_VARIABLES = {
+    "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+}  # fmt: skip
+LASTING_THREADS = {"tqdm_monitor"}  # torch.fx counts its nodes with tqdm where that is installed
 LASTING_PROCESSES = ("multiprocessing.resource_tracker", "torch/_inductor/compile_worker", "torch._inductor")
 
 Found = TypeVar("Found")
@@ -111,7 +115,8 @@ def changed_variables(before: Held) -> list[str]:
 
 
 def new_threads(before: Held) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread not in before.threads and thread.is_alive()]
+    new = (thread for thread in threading.enumerate() if thread not in before.threads and thread.is_alive())
+    return [thread for thread in new if thread.name not in LASTING_THREADS]
 
 
 def belongs_to_this_session(process: psutil.Process) -> bool:

@@ -3,7 +3,7 @@
 import os
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
 from tolaria.process import StopFlag, agent_id, keep_freed_memory
+from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.fsops import FileOps
@@ -152,21 +153,20 @@ def _assemble(
         sample=sample,
     )  # fmt: skip
     guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
+    profiler = cleanup.enter_context(closing(make_profiler(config.profile, events, run.path, world)))
     trainer = Trainer(
         Parts(
             config=config, world=world,
-            task=task,
-            state=state,
-            loader=loader,
-            step=TrainStep(state, replica, events, debug=config.train.debug),
+            task=task, state=state, loader=loader,
+            step=TrainStep(state, replica, events, debug=config.train.debug, phases=profiler.phases),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
                         writer=_writer(config, world, run, journal, cleanup)),
             alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
                         signals=coordinator.signals),
-            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress, stop=stop,
-            facts=facts,
+            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress,
+            profiler=profiler, stop=stop, facts=facts,
         )
     )  # fmt: skip
     if saved is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from tolaria.config_aggregate import AggregateConfig
 from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, doc, require, require_range
+from tolaria.config_profile import ProfileConfig
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
 
@@ -94,6 +95,7 @@ class PrecisionConfig:
 
     amp: Literal["bf16", "fp16", "off"] = doc("bf16", "autocast type; fp16 adds gradient scaling and needs CUDA")
     tf32: bool = doc(True, "TF32 matrix products on CUDA")
+    channels_last: Literal["auto", "on", "off"] = doc("auto", "4-D tensors channels last; auto: Conv2d on CUDA")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ class CompileConfig:
     enabled: bool = doc(True, "compile the training step with torch.compile")
     mode: Literal["default", "reduce-overhead", "max-autotune"] = doc("default", "torch.compile mode")
     cache: str = doc("run", "compiled code for the next start: run (.compile_cache beside the run) | torch | a folder")
+    validation: Literal["auto", "on", "off"] = doc("auto", "compile validation too; auto: from 32 batches a rank on")
     structure_limit: int = doc(64, "model structures kept compiled; beyond it the run goes on eager")
 
     def __post_init__(self) -> None:
@@ -257,6 +260,7 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         deadline_s = self.tamiyo.deadline_ms / 1000

@@ -174,6 +174,8 @@ class Loader:
         self.task = task
         # How many slots there are, once it is known: the seed ids of samples are checked against it.
         self.num_slots: int | None = None
+        # Of tensors of four dimensions, once the model is known.
+        self.memory_format = torch.preserve_format
         self._emit = emit
         # All batches of an epoch but the last few have equal weights.
         self._weights: tuple[list[float], Tensor] = ([], torch.empty(0))
@@ -209,7 +211,9 @@ class Loader:
             else self._read(dataset, plan)
         )
         on_host = self._loaded(items, plan)
-        return self._ahead(on_host) if self._stream is not None else on_host
+        if self._stream is not None:
+            return self._ahead(on_host)
+        return on_host if self.memory_format == torch.preserve_format else map(self._copy, on_host)
 
     def _read(self, dataset: Dataset[Any], plan: Plan) -> Iterator[Any]:
         """The items of a plan, read in this process: a DataLoader costs 30 microseconds more for each."""
@@ -242,24 +246,24 @@ class Loader:
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         # The copy of the next batch runs on a stream of its own while this one is computed.
-        following = self._copy(next(batches, None))
+        copies = map(self._copy, batches)
+        following = next(copies, None)
         while following is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)  # type: ignore[arg-type]
             current = following
             for tensor in _tensors((current.inputs, current.targets, current.weights, current.seed_ids)):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
-            following = self._copy(next(batches, None))
+            following = next(copies, None)
             yield current
 
-    def _copy(self, batch: Batch | None) -> Batch | None:
-        if batch is None:
-            return None
+    def _copy(self, batch: Batch) -> Batch:
         with torch.cuda.stream(self._stream):
             names = ("inputs", "targets", "weights", "seed_ids")
             return replace(batch, **{name: _each(getattr(batch, name), self._move) for name in names})
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        form = self.memory_format if tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(self.device, non_blocking=True, memory_format=form)
 
 
 def _checked_ids(ids: Any, batch: int, num_slots: int | None) -> Tensor:

@@ -1,12 +1,14 @@
 """The first and the last thing a person sees of a run, and the summary that stays."""
 
 import os
+from dataclasses import replace
 
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import ReplicaMismatch
 from tolaria.hardware import device_text
 from tolaria.loop import Trainer
+from tolaria.profiling import join_pages
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
 from tolaria.telemetry.progress import StartInfo
@@ -41,9 +43,13 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
     parts, state = trainer.parts, trainer.state
     # A run that gave up may have done so in the middle of a step.
     parts.saver.replica.synchronise_buffers()
+    parts.profiler.close()
     digests = world.peers.gather_digests(state.digest())
     summary = _summary(outcome, trainer, world, run, digests)
     if world.is_coordinator:
+        # The ranks' digests are here, so their pages are written.
+        pages = join_pages(run.path)
+        summary = replace(summary, profile=str(pages) if pages is not None else "")
         write_summary(run.path / "summary.json", summary)
         parts.progress.summary(summary)
     parts.events.emit("run_ended", outcome=outcome, steps=state.step, digest=digests[world.global_rank].hex())

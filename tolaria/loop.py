@@ -33,6 +33,7 @@ from tolaria.lane import ControlLane
 from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
 from tolaria.process import StopFlag
+from tolaria.profiling import Unprofiled
 from tolaria.record import RunRecord
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
@@ -72,6 +73,7 @@ class Parts:
     events: EventLog
     metrics: MetricsLog | None
     progress: Progress
+    profiler: Unprofiled
     stop: StopFlag
     facts: Mapping[str, Any]
 
@@ -184,6 +186,7 @@ class Trainer:
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
         self._asked = time.perf_counter()
+        self.parts.profiler.step(self.state.step)
         while (window := sampler.window) is not None:
             with self.parts.step.phases("data"):
                 group = list(islice(batches, sampler.accumulation))
@@ -191,12 +194,11 @@ class Trainer:
                 return
             yield window, group
             self._asked = time.perf_counter()
+            self.parts.profiler.step(self.state.step)
 
     def _done(self) -> bool:
         config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or bool(
-            config.max_steps and self.state.step >= config.max_steps
-        )
+        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
 
     def _stop_asked(self, number: int) -> None:
         name = signal.Signals(number).name

@@ -1,8 +1,8 @@
 """What a boundary knows: the state of the run since the last one and its validation, over all ranks.
 
-Validation runs eager in evaluation mode, each rank on its share. Seeds that are SHADOWING or PROBATIONARY cost a
+Validation runs in evaluation mode, each rank on its share. Seeds that are SHADOWING or PROBATIONARY cost a
 second pass each, without or with the seed; the difference is taken sample by sample, so that its standard error does
-not contain what is common to both passes. Everything travels in one packed float64 sum.
+not contain what is common to both passes (both are eager). Everything travels in one packed float64 sum.
 """
 
 import math
@@ -25,6 +25,7 @@ from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
 from tolaria.telemetry.meters import Meters
+from tolaria.validation import ValidationForward
 
 TRAIN_METERS = ("loss",)
 """What the loop meters between boundaries: the loss of each step taken, this rank's part."""
@@ -89,15 +90,17 @@ class Evaluator:
         self.signal = GrowthSignal(task, state, replica, loader, world)
         self.cost = ForwardCost(task, state, loader)
         self._plan = validation_plan(self.size, world.global_rank, world.world_size, batch)
+        self.forward = ValidationForward(state, replica, replica.config.compile, len(self._plan))
 
     def rehearse(self) -> None:
         """One validation batch before training starts, so that a mistake does not show after the first epoch only.
 
-        Local; the user's data may move the random generators. Raises TaskError for whatever model, loss, accuracy or a
-        metric raises, and for results of a wrong form.
+        Collective, since it is compiled here where it is to be; the user's data may move the random generators. Raises
+        TaskError for whatever model, loss, accuracy or a metric raises, and for results of a wrong form.
         """
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
+        self.forward.prepare(self._first_batch)
 
     def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
@@ -107,6 +110,7 @@ class Evaluator:
         Reads the device; blocks for the validation.
         """
         self.replica.synchronise_buffers()
+        self.forward.prepare(self._first_batch)
         local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         ranks = range(self.world.world_size)
         local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
@@ -117,8 +121,9 @@ class Evaluator:
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
                 local.update(self._probe(seed, losses))
-        packed = self.world.peers.sum(torch.stack([v.double().cpu() for v in local.values()]))
-        values = dict(zip(local, packed.tolist(), strict=True))
+        # Brought together on the device, so that the host waits for it once and not for each value.
+        packed = torch.stack([v.to(self.world.device, torch.float64) for v in local.values()]).cpu()
+        values = dict(zip(local, self.world.peers.sum(packed).tolist(), strict=True))
         report = self._report(values)
         self._update_evidence(values, report.val_loss)
         report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
@@ -132,20 +137,23 @@ class Evaluator:
         with evaluating(objective):
             for batch in self.loader.batches(self.task.validation, plan):
                 with self.replica.autocast():
-                    # Not through the objective: validation is eager, its shapes and modes would each be compiled.
-                    outputs = objective.model(batch.inputs)
+                    # Not through the objective, whose compiled form is for training: shapes and mode are others.
+                    outputs = self.forward(batch.inputs)
                 values = weighted_values(self.task, outputs, batch)
                 losses.append(values["loss"])
                 for name, value in values.items():
                     totals[name] = totals[name] + value.sum() if name in totals else value.sum()
         return totals, torch.cat(losses)
 
+    def _first_batch(self) -> Batch:
+        return next(iter(self.loader.batches(self.task.validation, self._plan[:1])))
+
     def _forward_ms(self, slot: str) -> tuple[float, float]:
         """Milliseconds of one batch's forward pass with a seed that acts and without, in turns, the least of each."""
         model, kasmina = self.state.objective.model, self.state.kasmina
         with_seed, without = [], []
         with no_trace(self.state, self.world.device), evaluating(self.state.objective):
-            batch = next(iter(self.loader.batches(self.task.validation, self._plan[:1])))
+            batch = self._first_batch()
             for _ in range(_TIMED):
                 with_seed.append(self._timed(model, batch))
                 with kasmina.probing(slot, active=False):

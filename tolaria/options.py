@@ -47,6 +47,8 @@ def _parser(mapping_flags: Sequence[str]) -> argparse.ArgumentParser:
     common.add_argument("--resume", dest="run.resume", metavar="auto|PATH", help="same as --run.resume")
     debug = "same as --train.debug; turns compile.enabled off"
     common.add_argument("--debug", dest="train.debug", metavar="true|false", help=debug, **switch)
+    traced = "same as --profile.enabled; see [profile] for which steps of which ranks"
+    common.add_argument("--profile", dest="profile.enabled", metavar="true|false", help=traced, **switch)
     groups = {section: parser.add_argument_group(section) for section in get_type_hints(Config)}
     for path, key in known_keys().items():
         flag = f"--{path}.NAME" if key.is_mapping else f"--{path}"

@@ -14,6 +14,7 @@ from tolaria.errors import ConfigError, TaskError
 from tolaria.kasmina.host import Kasmina
 from tolaria.kasmina.slot import Slot, attach, find_slots, probe_shapes
 from tolaria.leyline.limits import is_name
+from tolaria.memory_layout import chosen_format, lay_out
 from tolaria.objective import Batch, Objective
 from tolaria.optim.footprint import Footprint
 from tolaria.optim.lr import LRController
@@ -30,6 +31,8 @@ MAX_OBSERVED = 200
 def build_state(config: Config, task: Task, world: World, loader: Loader) -> tuple[TrainState, OptimConfig]:
     """The state of a run that has not begun, and its optimizer settings. Local; raises TaskError, ConfigError."""
     model = task.model.to(world.device)
+    loader.memory_format = chosen_format(config.precision.channels_last, model, world.device)
+    lay_out(model, loader.memory_format)
     slots = _slots(model, {**task.slots, **config.kasmina.slots})
     host_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     host_buffers = dict(model.named_buffers()) | {n: p for n, p in model.named_parameters() if not p.requires_grad}
@@ -50,7 +53,7 @@ def build_state(config: Config, task: Task, world: World, loader: Loader) -> tup
     footprint = Footprint(lambda: state.optimizer)
     kasmina = Kasmina(
         slots, shapes, config.kasmina, config.run.seed, world.device,
-        bytes_per_parameter=footprint, seam=seam,
+        bytes_per_parameter=footprint, seam=seam, memory_format=loader.memory_format,
     )  # fmt: skip
     sampler = EpochSampler(
         size, seed=config.run.seed, rank=world.global_rank,

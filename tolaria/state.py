@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tolaria.compare import check_same, digest_of
+from tolaria.compare import check_same, digest_of, tensor_hashes
 from tolaria.config import OptimConfig
 from tolaria.data import EpochSampler
 from tolaria.kasmina.host import Kasmina
@@ -232,10 +232,11 @@ class TrainState:
         return digest_of(self.tensors(), self.meta())
 
     def structure_digest(self) -> bytes:
-        """sha256 over what a command can change: structure, new weights, groups, LR, mode. Does not read the host."""
-        seeds = {n: t for n, t in self.tensors().items() if n.startswith("seed/")}
+        """Digest of what a command can change: structure, new weights, groups, LR, mode; without the host's weights."""
         shapes = [[n, str(t.dtype), list(t.shape)] for n, t in sorted(self.tensors().items())]
-        return digest_of(seeds, {**self.meta(), "shapes": shapes})
+        # Hashed where they are: it compares ranks, and sha256 would take the seeds to the host one by one.
+        seeds = tensor_hashes({n: t for n, t in self.tensors().items() if n.startswith("seed/")})
+        return digest_of({}, {**self.meta(), "shapes": shapes, "seeds": seeds})
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, copy: Copy = copy_tensors) -> bool:
         """Take over a saved state, in place where structure and optimizer are the same. True if the structure changed.

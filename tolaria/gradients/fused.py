@@ -256,5 +256,20 @@ def _add(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
 
 
 def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    # In the parameter's own order in memory: fused optimizers go through both by their addresses.
     pieces = flat.split([p.numel() for p in parameters])
-    return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+    return [
+        piece.as_strided(p.shape, p.stride()) if _is_dense(p) else piece.view(p.shape)
+        for piece, p in zip(pieces, parameters, strict=True)
+    ]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie in one piece of memory, each once, in whatever order."""
+    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    expected = 1
+    for stride, size in strides:
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -15,6 +15,7 @@ from tolaria.kasmina.lifecycle import HOLDS_SEED, Move
 from tolaria.kasmina.seed import Seed
 from tolaria.kasmina.slot import Active, Blend, Frozen, StraightThrough
 from tolaria.leyline.types import SeedCommand, SeedGate, SeedOp, SeedStage
+from tolaria.memory_layout import lay_out
 from tolaria.task import users_code
 
 GRAFT_PARAMETERS = ("blend_steps",)
@@ -28,9 +29,10 @@ def build_seed(
     run_seed: int,
     command_id: str,
     device: torch.device,
+    memory_format: torch.memory_format = torch.preserve_format,
     silent: bool = False,
 ) -> nn.Module:
-    """The blueprint's module for a slot of per-sample ``shape``, made on the CPU and moved to ``device``.
+    """The blueprint's module for a slot of per-sample ``shape``, made on the CPU, then on ``device``.
 
     Its weights depend only on run seed and command id, so they are the same on every rank; no global generator moves.
     Raises CommandRefused for an unknown blueprint, a shape it does not take or keep, one that fails, and with
@@ -51,6 +53,7 @@ def build_seed(
                 out_shape = tuple(module(torch.zeros(2, *shape)).shape[1:])
             drew = not torch.equal(torch.get_rng_state(), stream)
             module = module.to(device)
+            lay_out(module, memory_format)
         except Exception as error:  # the user's code, or a device without room: the run must outlive it
             raise CommandRefused("blueprint_failed", f"blueprint {blueprint_id!r}: {error}") from error
     if out_shape != shape:

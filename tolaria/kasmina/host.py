@@ -46,12 +46,14 @@ class Kasmina:
         *,
         bytes_per_parameter: Callable[[], int],
         seam: Tensor | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         self.slots = dict(slots)
         self.budget = Budget(config, bytes_per_parameter)
         self.config = config
         self.device = device
         self.seam = seam
+        self._memory_format = memory_format
         self._run_seed = run_seed
         self.host_norms = NormRing(config.gradient_window)
         self.seeds = {
@@ -282,7 +284,7 @@ class Kasmina:
     def _build(self, seed: Seed, blueprint_id: str, command_id: str, *, silent: bool = False) -> nn.Module:
         return build_seed(
             blueprint_id, seed.slot, seed.shape, run_seed=self._run_seed, command_id=command_id, device=self.device,
-            silent=silent,
+            memory_format=self._memory_format, silent=silent,
         )  # fmt: skip
 
     def _judge(self, found: Move, seed: Seed, room: GateResult | None = None) -> GateResult | None:

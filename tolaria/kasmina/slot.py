@@ -129,7 +129,8 @@ class Gauge(nn.Module):
         if f.shape != h.shape:
             self.mismatch = f"{tuple(f.shape)} instead of {tuple(h.shape)}"
         squares = [h.double().square().sum(), f.double().square().sum(), (~f.isfinite()).sum().double()]
-        self.totals += torch.stack(squares).cpu()
+        # Where h is: to bring each batch's sums to the host would wait for the device each time.
+        self.totals = self.totals.to(h.device) + torch.stack(squares)
         f = f.to(h.dtype)
         return h + f if self.residual else f
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from tolaria.compare import tensor_hashes
 from tolaria.errors import CheckpointError
 from tolaria.recovery.arena import PAGE_BYTES, Header, json_sha256, parse_header, parse_table, view
-from tolaria.recovery.sentinel import tensor_hash
 from tolaria.recovery.snapshots import Snapshot, SnapshotInfo, snapshot_of
 
 _PAGE = re.compile(r"tolaria-([A-Za-z0-9_.+-]{1,16})-([0-9A-Za-z]+)-page", re.ASCII)
@@ -60,8 +60,8 @@ def read(found: Found) -> Snapshot:
     parsed = json.loads(document)
     places, hashes = parse_table(parsed["tensors"], header.tensor_bytes)
     tensors = {name: view(content, 0, place) for name, place in places.items()}
-    for name, tensor in tensors.items():
-        if tensor_hash(tensor) != hashes[name]:
+    for name, value in tensor_hashes(tensors).items():
+        if value != hashes[name]:
             raise CheckpointError(f"{found.path}: tensor {name!r} is damaged")
     return snapshot_of(found.info, tensors, parsed)
 

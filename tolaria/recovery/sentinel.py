@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tolaria.compare import tensor_hash, tensor_hashes
 from tolaria.dist import Peers
 from tolaria.optim.persist import group_options
 from tolaria.state import TrainState
 
 _RNG = "random generators"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sentinel:
         """Compare slice number ``turn`` and all that is small; None while the ranks are equal. Two small collectives
         at most; reads the slice once."""
         tensors = self._slice(turn)
-        hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+        hashes = tensor_hashes(tensors)
         facts = {name: _hash(value) for name, value in self._facts().items()}
         facts["structure"] = _hash(list(tensors))
         rows = self._peers.gather([_hash(list(hashes.values())), *facts.values()])
@@ -147,15 +147,6 @@ def rng_positions(device: torch.device) -> list[int]:
     if device.type == "cuda":
         found.append(int.from_bytes(bytes(torch.cuda.get_rng_state(device)[8:16].tolist()), "little"))
     return found
-
-
-def tensor_hash(tensor: Tensor) -> int:
-    """A fast hash of a tensor's bits on its device, as a signed 64-bit integer: every flipped bit changes it."""
-    if not tensor.numel():
-        return 0
-    # As integers, since the hash of floats is one of their values: it would not tell one NaN from another.
-    bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
-    return int(torch.hash_tensor(bits).view(torch.int64).item())
 
 
 def _hash(value: Any) -> int:

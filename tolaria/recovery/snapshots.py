@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tolaria.compare import tensor_hashes
 from tolaria.recovery.arena import PAGE_BYTES, Arena, Header, Place, arena_path, json_sha256, places, table, view
-from tolaria.recovery.sentinel import tensor_hash
 from tolaria.recovery.shards import LOCAL, REPLICATED, encode_json
 from tolaria.recovery.staging import Payload
 
@@ -108,7 +108,7 @@ class SnapshotRing:
         slot.info, slot.confirmed = None, False
         views = slot.views()
         _copy(sources, views)
-        hashes = {name: tensor_hash(tensor) for name, tensor in views.items()}
+        hashes = tensor_hashes(views)
         own = {name.removeprefix(REPLICATED): hashes[name] for name in found if name.startswith(REPLICATED)}
         digest = _digest(payload.tensors, own, payload.meta)
         rows = json.dumps(table(found, hashes)).encode()
@@ -153,11 +153,11 @@ class SnapshotRing:
         """Whether its tensors still have the hashes they were taken with. Reads them once."""
         slot, _ = self._of(seq)
         hashes = {row[0]: row[4] for row in json.loads(slot.document)["tensors"]}
-        return all(tensor_hash(tensor) == hashes[name] for name, tensor in slot.views().items())
+        return tensor_hashes(slot.views()) == hashes
 
     def live_digest(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
         """What the digest of a snapshot of this state would be. Reads every tensor once."""
-        return _digest(tensors, {name: tensor_hash(tensor) for name, tensor in tensors.items()}, meta)
+        return _digest(tensors, tensor_hashes(tensors), meta)
 
     def drop_after(self, step: int) -> None:
         """The run went back to ``step``: what was taken later is void."""

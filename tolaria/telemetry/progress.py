@@ -175,7 +175,7 @@ class Progress:
         if summary.state_digest:
             results.append(("state", report.digest_line(summary.state_digest)))
         styles = {"mode": "yellow", "accuracy": "green" if summary.before_growth else ""}
-        paths = [("run", summary.run_dir), ("checkpoint", summary.checkpoint)]
+        paths = [("run", summary.run_dir), ("checkpoint", summary.checkpoint), ("profile", summary.profile)]
         places = [*((label, short_path(path)) for label, path in paths), ("resume", summary.resume)]
         self._print(Text())
         self._block(report.headline(summary), results, styles=styles)

@@ -118,8 +118,8 @@ class RunSummary:
 
     ``outcome``: "finished", "stopped" (asked to), "unstable" (gave up) or "halted" (by an emergency).
     ``before_growth`` is the last validation before the first seed acted on the model's output, None if none did.
-    ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex. ``resume``: the
-    command that goes on from here.
+    ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex. ``profile``: the
+    page of the profiler, "" without one. ``resume``: the command that goes on from here.
     """
 
     outcome: str
@@ -144,6 +144,7 @@ class RunSummary:
     latency_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     mode: str = "normal"
     checkpoint: str = ""
+    profile: str = ""
     resume: str = ""
     state_digest: Mapping[int, str] = field(default_factory=dict)
     counters: Mapping[str, float] = field(default_factory=dict)
