@@ -205,11 +205,8 @@ class Loader:
                 generator=torch.Generator().manual_seed((seed + start) % 2**63),
             )
 
-        items = (
-            load(make, len(plan), timeout_s=self.config.timeout_s, tell=self._tell)
-            if processes
-            else self._read(dataset, plan)
-        )
+        wait_s = self.config.timeout_s
+        items = load(make, len(plan), timeout_s=wait_s, tell=self._tell) if processes else self._read(dataset, plan)
         on_host = self._loaded(items, plan)
         if self._stream is not None:
             return self._ahead(on_host)

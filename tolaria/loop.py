@@ -185,16 +185,14 @@ class Trainer:
         """The microbatches of each step to the end of the epoch, with the samples that they are of all ranks."""
         sampler = self.state.sampler
         batches = self.parts.loader.batches(self.parts.task.train, sampler.remaining(), seed=sampler.loader_seed)
-        self._asked = time.perf_counter()
-        self.parts.profiler.step(self.state.step)
         while (window := sampler.window) is not None:
+            self._asked = time.perf_counter()
+            self.parts.profiler.step(self.state.step)
             with self.parts.step.phases("data"):
                 group = list(islice(batches, sampler.accumulation))
             if not group:
                 return
             yield window, group
-            self._asked = time.perf_counter()
-            self.parts.profiler.step(self.state.step)
 
     def _done(self) -> bool:
         config = self.parts.config.train

@@ -5,7 +5,7 @@ one sample  down to the seeds only: enough where the host runs already, and a te
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,11 @@ def host_reach(state: TrainState, *, cuts: bool) -> Reach:
 
 
 def fine_on_one(
-    state: TrainState, reaches: Sequence[Reach], batch: Batch, autocast: Callable[[], torch.autocast], moved: set[str]
+    state: TrainState,
+    reaches: Sequence[Reach],
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager[None]],
+    moved: set[str],
 ) -> bool:
     """Whether all parameters get their gradient from this batch. Local; False also for whatever the model raises."""
     try:
@@ -46,7 +50,9 @@ def fine_on_one(
         return False
 
 
-def _gets_there(state: TrainState, reach: Reach, batch: Batch, autocast: Callable[[], torch.autocast]) -> bool:
+def _gets_there(
+    state: TrainState, reach: Reach, batch: Batch, autocast: Callable[[], AbstractContextManager[None]]
+) -> bool:
     if reach.module is not state.objective:
         refresh_buffers(reach.module, state.objective)
     with autocast():
