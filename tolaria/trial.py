@@ -7,6 +7,7 @@ one sample  down to the seeds only: enough where the host runs already, and a te
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from tolaria.state import TrainState, named_buffers_of
 
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What a model fails with, and what compiles it."""
+
+Autocast: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def fine_on_one(
     state: TrainState,
     reaches: Sequence[Reach],
     batch: Batch,
-    autocast: Callable[[], AbstractContextManager[None]],
+    autocast: Autocast,
     moved: set[str],
 ) -> bool:
     """Whether all parameters get their gradient from this batch. Local; False also for whatever the model raises."""
@@ -50,9 +53,7 @@ def fine_on_one(
         return False
 
 
-def _gets_there(
-    state: TrainState, reach: Reach, batch: Batch, autocast: Callable[[], AbstractContextManager[None]]
-) -> bool:
+def _gets_there(state: TrainState, reach: Reach, batch: Batch, autocast: Autocast) -> bool:
     if reach.module is not state.objective:
         refresh_buffers(reach.module, state.objective)
     with autocast():
