@@ -76,7 +76,7 @@ class Side:
             self.take()
             self.state.kasmina.read_norms()
             self._apply(with_identity(command, f"{slot}-{number}", issued_by="benchmark", issued_at_ns=1))
-            self.replica.warm_up(self.group[0])
+            self.replica.warm_up(lambda _size: self.group[0])
 
     def _apply(self, command: Command) -> None:
         kasmina = self.state.kasmina
@@ -132,7 +132,7 @@ def sides(world: World, features: int, batch_size: int, *, compiled: bool) -> It
             replica = Replica(state, world, config, events)
             replica.rebuild(first=True)
             group = list(loader.batches(task.train, state.sampler.remaining()[:1]))
-            replica.warm_up(group[0])
+            replica.warm_up(lambda _size: group[0])
             step = TrainStep(state, replica, events, debug=False)
             made.append(Side(mode, state, replica, step, group))
         yield made

@@ -149,7 +149,7 @@ def test_the_summary_is_complete(demo: Demo) -> None:
     assert set(summary) == {"schema", *(field.name for field in fields(RunSummary))}
     assert (summary["outcome"], summary["name"], summary["world_size"]) == ("finished", "digits", 2)
     assert summary["epochs"] == summary["boundaries"] == config["train"]["epochs"]
-    assert [name for name, value in summary.items() if value in ("", None, [], {})] == ["incidents"]
+    assert [name for name, value in summary.items() if value in ("", None, [], {})] == ["incidents", "profile"]
     for command in summary["commands"]:
         assert command["what"] and command["reason"], command
         assert command["outcome"] in {"applied", "success", "neutral", "regression"}, command
