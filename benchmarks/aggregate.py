@@ -132,7 +132,7 @@ def sides(world: World, features: int, batch_size: int, *, compiled: bool) -> It
             replica = Replica(state, world, config, events)
             replica.rebuild(first=True)
             group = list(loader.batches(task.train, state.sampler.remaining()[:1]))
-            replica.warm_up(lambda _size: group[0])
+            replica.warm_up(lambda _size, first=group[0]: first)
             step = TrainStep(state, replica, events, debug=False)
             made.append(Side(mode, state, replica, step, group))
         yield made

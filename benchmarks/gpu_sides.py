@@ -103,7 +103,7 @@ class Tolaria:
 
     def step(self) -> None:
         """One optimizer step."""
-        result = self._step(self.group, lambda: Verdict())
+        result = self._step(self.group, Verdict)
         self.state.after_step(taken=result.taken)
 
     def apply(self, command: Command) -> tuple[float, float]:
