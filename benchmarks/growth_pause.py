@@ -157,7 +157,7 @@ class _Run:
         plan = self.state.sampler.remaining()[:1]
         batches = list(self.loader.batches(self.loader.task.train, plan))
         start = perf_counter()
-        taken = self.step(batches, lambda: Verdict(stop_signal=0, level=0, loss=None, lr_changed=False)).taken
+        taken = self.step(batches, Verdict).taken
         spent = (perf_counter() - start) * 1e3
         self.state.after_step(taken=taken)
         return spent
