@@ -93,7 +93,10 @@ class Tolaria:
         self.replica = Replica(self.state, world, config, self.events)
         self.replica.rebuild(first=True)
         self.group = list(loader.batches(task.train, self.state.sampler.remaining()[:1]))
-        self.replica.warm_up(self.group[0])
+        self.sample = lambda count: next(
+            iter(loader.batches(task.train, [(list(range(count)), [1.0 / count] * count)]))
+        )
+        self.replica.warm_up(self.sample)
         self._step = TrainStep(self.state, self.replica, self.events, debug=False)
 
     @property
@@ -103,7 +106,7 @@ class Tolaria:
 
     def step(self) -> None:
         """One optimizer step."""
-        result = self._step(self.group, lambda: Verdict(stop_signal=0, level=0, loss=None))
+        result = self._step(self.group, Verdict)
         self.state.after_step(taken=result.taken)
 
     def apply(self, command: Command) -> tuple[float, float]:
@@ -116,7 +119,7 @@ class Tolaria:
         self.replica.rebuild()
         wait(self.world.device)
         changed = time.perf_counter()
-        self.replica.warm_up(self.batch)
+        self.replica.warm_up(self.sample)
         wait(self.world.device)
         return changed - started, time.perf_counter() - changed
 

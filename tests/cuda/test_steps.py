@@ -98,7 +98,7 @@ def test_compiled_steps_and_validation_follow_the_eager_ones(gpu: World, tmp_pat
     losses = []
     for name, settings in (("eager", {}), ("compiled", {"mode": mode, "validation": "on"})):
         with Rig.build(in_folder(tmp_path / name), world=gpu, config=config(**settings)) as rig:
-            rig.replica.warm_up(rig.batches()[0])
+            rig.replica.warm_up(rig.sample)
             rig.train(12)  # CUDA graphs are recorded in the second step of a structure
             report = rig.evaluator.measure(Meters(TRAIN_METERS))
             assert rig.evaluator.forward.compiled == (name == "compiled")

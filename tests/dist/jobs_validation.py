@@ -20,7 +20,7 @@ def measure(*, choice: str, bad_rank: int, good: int) -> dict[str, Any]:
     )
     compiler = FailingCompiler(good if own_rank() == bad_rank else 1000)
     with patch("torch._inductor.compile_fx.compile_fx", compiler), joined(config) as rig:
-        rig.replica.warm_up(rig.batches()[0])
+        rig.replica.warm_up(rig.sample)
         rig.train(3)
         reports = [rig.evaluator.measure(Meters(TRAIN_METERS)) for _ in range(2)]
         return {

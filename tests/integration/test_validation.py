@@ -50,7 +50,7 @@ def build(folder: Path, choice: str = "on", *, compiled: bool = True, **task: An
     config = replace(config, compile=chosen, data=DataConfig(validation_batch_size=2))
     folder.mkdir(exist_ok=True)
     rig = Rig.build(folder, config=config, **task)
-    rig.replica.warm_up(rig.batches()[0])
+    rig.replica.warm_up(rig.sample)
     return rig
 
 
