@@ -18,6 +18,7 @@ from tolaria.objective import Batch
 from tolaria.outlook import no_trace
 from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
+from tolaria.trial import MODEL_ERRORS
 
 MIN_BATCHES = 32
 """Batches of a rank in one validation from which ``compile.validation=auto`` compiles: the same in every start of a
@@ -87,7 +88,7 @@ class ValidationForward:
                 self._compiled(batch.inputs)
         except FailOnRecompileLimitHit:
             return "more structures than compile.structure_limit"
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        except MODEL_ERRORS as error:
             # Dynamo, inductor and the toolchain fail with these; if it is the model, eager says so.
             return f"{type(error).__name__}: {str(error).strip()[:300]}"
         return ""
