@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.latency_sides import LR, Seat
-from benchmarks.latency_workloads import WORKLOADS, Workload
+from benchmarks.latency_workloads import WORKLOADS, Timer, Workload
 from tolaria import build
 from tolaria.config import (
     CheckpointConfig,
@@ -92,11 +92,16 @@ def grown_run(folder: str, workload: str, stage: str) -> str:
     return f"{folder}/{workload}-{stage}"
 
 
+def _timed_step(timer: Timer, *parts: Any, **settings: Any) -> TrainStep:
+    """In place of TrainStep, whose phases are otherwise the profiler's."""
+    return TrainStep(*parts, **{**settings, "phases": timer})
+
+
 def run_tolaria(seat: Seat, *, recovery: bool) -> None:
     """Run until killed. ``recovery``: with snapshots in memory and comparisons of the ranks, as they are by default."""
     cell, workload = seat.cell, seat.workload
     if seat.timer is not None:
-        build.TrainStep = partial(TrainStep, phases=seat.timer)  # type: ignore[misc,assignment]
+        build.TrainStep = partial(_timed_step, seat.timer)  # type: ignore[misc,assignment]
     grown = cell.seed in STEPS
     config = Config(
         run=RunConfig(
