@@ -21,7 +21,7 @@ from tolaria.dist import World, init_world, lost_peers
 from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
 from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
 from tolaria.guard import Guard
-from tolaria.hardware import hardware_context
+from tolaria.hardware import Hardware
 from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
@@ -252,7 +252,7 @@ def _coordinator(
     facts = RunFacts(
         run_id=run.run_id,
         experiment=config.run.name,
-        hardware=lambda: hardware_context(world.device),
+        hardware=Hardware(world.device).now,
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
     return Coordinator(

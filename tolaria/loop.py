@@ -229,8 +229,6 @@ class Trainer:
                 )
             )  # fmt: skip
 
-    # Boundary
-
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps
         return self.state.step % every == 0 if every else epoch_ended
@@ -245,9 +243,10 @@ class Trainer:
         self.lane.restart()
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
+        parts.guard.begin_boundary()
+        split.lap("guard")
         report = parts.evaluator.measure(self.meters, *self._pace.take())
         split.lap("report")
-        self.meters.reset()
         if (incident := parts.guard.boundary(report)) is not None:
             return incident
         split.lap("guard")

@@ -106,8 +106,8 @@ class Evaluator:
     def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step,
-        ``step_ms``: that of the whole step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary, which begin anew; ``own_ms``: its own time in a
+        step, ``step_ms``: that of the whole step.
         Reads the device; blocks for the validation.
         """
         split = Split()
@@ -115,6 +115,7 @@ class Evaluator:
         with split.timed("validation"):
             local = self._validate()
         local.update(zip(("train/loss", "train/steps"), train.packed(), strict=True))
+        train.reset()
         local["step_ms"] = torch.tensor(step_ms)
         own = torch.zeros(self.world.world_size, dtype=torch.float64)
         own[self.world.global_rank] = own_ms

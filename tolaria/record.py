@@ -70,7 +70,7 @@ class RunRecord:
         if self.before_growth is None and any(s.stage in ACTING for s in state.kasmina.seeds.values()):
             # Validated before this boundary's command took effect, so still without the seed.
             self.before_growth = score
-        self.events.emit(
+        self.events.note(
             "boundary", boundary=state.boundary, epoch=score.epoch, train_loss=report.train_loss,
             val_loss=report.val_loss, val_accuracy=report.val_accuracy, metrics=dict(report.metrics),
             mode=state.mode.name, latency_ms={k: round(v, 3) for k, v in split.ms.items()},

@@ -196,7 +196,7 @@ class Coordinator:
     def _record(self, answer: Answer) -> Decision:
         decision = decide(answer, boundary=self.state.boundary, step=self.state.step, mode=self.state.mode)
         self._journal.decided(decision)
-        self.events.emit(
+        self.events.note(
             "decision", boundary=decision.boundary, source=decision.source, reason=decision.reason,
             conservative=decision.conservative, commands=[raw.hex() for raw in decision.commands],
         )  # fmt: skip

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from tolaria.coordinator.apply import Applied, carry_out
 from tolaria.coordinator.plan import Plan, make_plan
-from tolaria.dist import FRAME_ATTEMPTS, Peers, damaged_frames
+from tolaria.dist import Peers
+from tolaria.frames import FRAME_ATTEMPTS, damaged_frames
 from tolaria.leyline.codec import decode_decision
 from tolaria.objective import Batch
 from tolaria.replica import Replica
