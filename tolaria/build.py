@@ -26,7 +26,7 @@ from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
-from tolaria.process import StopFlag, agent_id, keep_freed_memory
+from tolaria.process import StopFlag, agent_id, settled, keep_freed_memory
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter
@@ -86,7 +86,8 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
 def _run(trainer: Trainer, world: World, run: RunDir) -> RunSummary:
     """Train; the summary is written also when the run gives up. Only a run that ends well leaves no snapshot behind."""
     try:
-        outcome = trainer.run()
+        with settled():
+            outcome = trainer.run()
     except TrainingUnstable:
         conclude(UNSTABLE, trainer, world, run)
         raise
