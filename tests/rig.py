@@ -26,12 +26,13 @@ from tolaria.config import (
     RunConfig,
     TrainConfig,
 )
-from tolaria.coordinator.apply import Applied, apply_decision
+from tolaria.coordinator.apply import Applied
+from tolaria.coordinator.delivery import obey
 from tolaria.data import Loader
 from tolaria.dist import Peers, World
 from tolaria.fence import Verdict
 from tolaria.kasmina.slot import Slot
-from tolaria.leyline.codec import encode_command
+from tolaria.leyline.codec import encode_command, encode_decision
 from tolaria.leyline.types import Command, Decision, SeedStage
 from tolaria.measure import TRAIN_METERS, Evaluator
 from tolaria.objective import Batch
@@ -46,6 +47,7 @@ from tolaria.tamiyo.policy import with_identity
 from tolaria.task import Task, load_task
 from tolaria.telemetry.events import EventLog, read_events
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.split import Split
 
 FEATURES, WIDTH, CLASSES = 5, 8, 3
 TRAIN_SAMPLES, VALIDATION_SAMPLES = 45, 11
@@ -204,10 +206,12 @@ class Rig:
             boundary=state.boundary, step_effective=state.step, source="policy", reason="answered",
             conservative=state.mode.conservative, commands=tuple(signed),
         )  # fmt: skip
-        return apply_decision(
-            decision, state, self.replica, self.world.peers,
-            healthy_boundaries=2, sample=self.sample,
+        applied = obey(
+            encode_decision(decision) if self.world.is_coordinator else None, state, self.replica, self.world.peers,
+            healthy_boundaries=2, sample=self.sample, split=Split(),
         )  # fmt: skip
+        assert applied is not None
+        return applied
 
     def grow(self, slot: str, to: SeedStage, blueprint: str = "low_rank") -> None:
         """Bring the seed of a DORMANT slot to a stage, one boundary and four steps for each move."""

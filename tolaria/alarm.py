@@ -62,8 +62,9 @@ class Alarm:
                                  reason=self.page.reason())  # fmt: skip
         return level
 
-    def at_boundary(self) -> None:
-        """A notice has been told, and that is all that is done about it. Local."""
+    def at_boundary(self, step: int) -> None:
+        """Say where the run is. A notice has been told, and that is all that is done about it. Local."""
+        self.page.enter(Phase.BOUNDARY, step)
         if self._told == NOTICE:
             self.page.clear(NOTICE)
             self._told = 0

@@ -21,12 +21,12 @@ from tolaria.dist import World, init_world, lost_peers
 from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
 from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
 from tolaria.guard import Guard
-from tolaria.hardware import hardware_context
+from tolaria.hardware import Hardware
 from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
-from tolaria.process import StopFlag, agent_id, keep_freed_memory
+from tolaria.process import StopFlag, agent_id, settled, keep_freed_memory
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter
@@ -86,7 +86,8 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
 def _run(trainer: Trainer, world: World, run: RunDir) -> RunSummary:
     """Train; the summary is written also when the run gives up. Only a run that ends well leaves no snapshot behind."""
     try:
-        outcome = trainer.run()
+        with settled():
+            outcome = trainer.run()
     except TrainingUnstable:
         conclude(UNSTABLE, trainer, world, run)
         raise
@@ -252,7 +253,7 @@ def _coordinator(
     facts = RunFacts(
         run_id=run.run_id,
         experiment=config.run.name,
-        hardware=lambda: hardware_context(world.device),
+        hardware=Hardware(world.device).now,
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
     return Coordinator(

@@ -5,24 +5,28 @@ group of its own. No object collectives (they unpickle), no size that depends on
 aborts the other side). With one process there is no process group and each call returns at once.
 """
 
-import hashlib
 import os
 import secrets
 import struct
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tolaria.errors import ConfigError, PeerLost, ReplicaMismatch
-
-FRAME_CAPACITY_BYTES = 65536
-FRAME_ATTEMPTS = 3
-_FRAME_HEADER = struct.Struct("!I32s")
+from tolaria.frames import (
+    FRAME_ATTEMPTS,
+    FRAME_CAPACITY_BYTES,
+    HEADER_BYTES,
+    damaged_frames,
+    make_frame,
+    read_frame,
+)
+from tolaria.generation import agree_on_generation
 
 
 @contextmanager
@@ -45,6 +49,20 @@ def lost_peers() -> Iterator[None]:
             raise
         what = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise PeerLost(f"lost another rank; that rank's own output says why ({what})") from error
+
+
+class Gathering(NamedTuple):
+    """Rows on their way, (ranks, n), to be read as a whole: row by row takes 4 us for each rank; what to wait for."""
+
+    rows: torch.Tensor
+    work: dist.Work | None
+
+    def wait(self) -> torch.Tensor:
+        """The rows when all are there. Raises PeerLost."""
+        if self.work is not None:
+            with _peer_errors("gather"):
+                self.work.wait()
+        return self.rows
 
 
 class Peers:
@@ -96,19 +114,31 @@ class Peers:
 
     def gather(self, row: Sequence[int]) -> list[list[int]]:
         """Every rank's row of int64 values, by rank. All rows must have one length."""
-        mine = torch.tensor(list(row), dtype=torch.int64)
-        if self.group is None:
-            return [mine.tolist()]
-        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
-        with _peer_errors("gather"):
-            dist.all_gather(rows, mine, group=self.group)
-        return [r.tolist() for r in rows]
+        return self.finish_gather(self.start_gather(row))
+
+    def start_gather(self, row: Sequence[int]) -> Gathering:
+        """Start to `gather`; ask for the rows with `finish_gather`."""
+        return self._start_gather(torch.tensor(list(row), dtype=torch.int64))
+
+    @staticmethod
+    def finish_gather(gathering: Gathering) -> list[list[int]]:
+        """Wait for the rows of a `start_gather`."""
+        return gathering.wait().tolist()
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
         """Every rank's 32-byte digest, by rank."""
         if len(digest) != 32:
             raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
-        return [struct.pack("!4q", *row) for row in self.gather(struct.unpack("!4q", digest))]
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        whole = self._start_gather(mine).wait().numpy().tobytes()
+        return [whole[start : start + 32] for start in range(0, len(whole), 32)]
+
+    def _start_gather(self, mine: torch.Tensor) -> Gathering:
+        if self.group is None:
+            return Gathering(mine[None], None)
+        rows = torch.empty(self.world_size, len(mine), dtype=mine.dtype)
+        with _peer_errors("gather"):
+            return Gathering(rows, dist.all_gather(list(rows.unbind()), mine, group=self.group, async_op=True))
 
     def require_equal(self, digest: bytes, what: str) -> None:
         """Raise ReplicaMismatch on every rank unless all ranks hold the same 32-byte digest."""
@@ -124,37 +154,35 @@ class Peers:
         sent again to all when it arrived damaged on any; PeerLost on all ranks when that does not help.
         Raises ValueError on rank 0, before anything is sent, when the payload is too long.
         """
-        if self.group is None:
-            if payload is None:
-                raise ValueError("a single process must pass its own payload")
-            return payload
-        if self.rank == 0 and (payload is None or len(payload) > capacity - _FRAME_HEADER.size):
-            raise ValueError(f"payload of {len(payload or b'')} bytes does not fit a frame of {capacity}")
         for _ in range(FRAME_ATTEMPTS):
-            body = self._frame(payload, capacity)
+            body = self.send_frame(payload, capacity)
             if self.agree(body is not None) and body is not None:
                 return body
-        raise PeerLost(f"a broadcast arrived damaged on a rank, {FRAME_ATTEMPTS} times in a row; check the network")
+        raise damaged_frames()
 
     def broadcast(self, payload: bytes | None) -> bytes:
         """Rank 0's bytes on every rank, however many. Other ranks pass None. Two frames."""
         size = len(payload) if payload is not None else 0
         told = self.broadcast_frame(struct.pack("!Q", size) if payload is not None else None, capacity=64)
         (size,) = struct.unpack("!Q", told)
-        return self.broadcast_frame(payload, capacity=size + _FRAME_HEADER.size)
+        return self.broadcast_frame(payload, capacity=size + HEADER_BYTES)
 
-    def _frame(self, payload: bytes | None, capacity: int) -> bytes | None:
-        """One attempt of `broadcast_frame`; None where it arrived damaged."""
-        frame = torch.zeros(capacity, dtype=torch.uint8)
-        if payload is not None:
-            raw = _FRAME_HEADER.pack(len(payload), hashlib.sha256(payload).digest()) + payload
-            frame[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    def send_frame(self, payload: bytes | None, capacity: int = FRAME_CAPACITY_BYTES) -> bytes | None:
+        """One attempt of `broadcast_frame`; None where it arrived damaged.
+
+        For those whose next collective tells anyway who got the right bytes; then, or after `FRAME_ATTEMPTS`, all send
+        again or raise `damaged_frames`.
+        """
+        if self.group is None:
+            if payload is None:
+                raise ValueError("a single process must pass its own payload")
+            return payload
+        if self.rank == 0 and payload is None:
+            raise ValueError("rank 0 must pass the payload")
+        frame = make_frame(payload, capacity)
         with _peer_errors("broadcast"):
             dist.broadcast(frame, src=0, group=self.group)
-        raw = frame.numpy().tobytes()
-        length, sha = _FRAME_HEADER.unpack_from(raw)
-        body = raw[_FRAME_HEADER.size : _FRAME_HEADER.size + length]
-        return body if hashlib.sha256(body).digest() == sha else None
+        return read_frame(frame)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -183,50 +211,6 @@ class World:
         """Destroy the process groups. Local: does not wait for other ranks."""
         if self.data_group is not None:
             dist.destroy_process_group()
-
-
-def _agree_on_generation(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """A fresh prefix for this start, agreed by the live ranks: hello, reply, acknowledge.
-
-    torchrun's store outlives a restart and still holds the keys of dead ranks, and its restart count is per
-    node. So every process announces a random nonce; rank 0 answers each nonce it sees, also a dead one, and is
-    done when the new ranks have acknowledged its own random generation.
-    """
-    deadline = time.monotonic() + timeout_s
-
-    def waiting(what: str) -> None:
-        if time.monotonic() > deadline:
-            raise PeerLost(f"start: {what} within {timeout_s:.0f} s")
-        time.sleep(0.01)
-
-    if rank == 0:
-        return _welcome(store, world_size, waiting)
-    nonce = secrets.token_hex(8)
-    store.set(f"tolaria/hello/{rank}", nonce)
-    while not store.check([f"tolaria/reply/{nonce}"]):
-        waiting("rank 0 did not answer")
-    generation: str = store.get(f"tolaria/reply/{nonce}").decode()
-    store.set(f"tolaria/ack/{generation}/{rank}", "1")
-    return generation
-
-
-def _welcome(store: dist.Store, world_size: int, waiting: Callable[[str], None]) -> str:
-    """Rank 0's side of the agreement: answer every nonce until every rank has acknowledged the generation."""
-    generation = secrets.token_hex(8)
-    answered: dict[int, str] = {}
-    pending = set(range(1, world_size))
-    while pending:
-        for peer in sorted(pending):
-            hello = f"tolaria/hello/{peer}"
-            nonce = store.get(hello).decode() if store.check([hello]) else ""
-            if nonce and answered.get(peer) != nonce:
-                store.set(f"tolaria/reply/{nonce}", generation)
-                answered[peer] = nonce
-            if store.check([f"tolaria/ack/{generation}/{peer}"]):
-                pending.discard(peer)
-        if pending:
-            waiting(f"ranks {sorted(pending)} did not join")
-    return generation
 
 
 def _env_int(name: str) -> int:
@@ -270,7 +254,7 @@ def init_world(*, device: str = "auto", timeout_s: float = 300.0, control_timeou
             is_master=rank == 0 and not agent_has_store, timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )  # fmt: skip
-        generation = _agree_on_generation(store, rank, world_size, timeout_s)
+        generation = agree_on_generation(store, rank, world_size, timeout_s)
         dist.init_process_group(
             backend="nccl" if chosen.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"tolaria/{generation}", store), rank=rank, world_size=world_size,

@@ -31,7 +31,7 @@ from tolaria.recovery.autopilot import (
 )
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.journal import Journal
-from tolaria.recovery.sentinel import Sentinel
+from tolaria.recovery.sentinel import Look, Sentinel
 from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.state import TrainState
 from tolaria.telemetry.events import EventLog
@@ -64,6 +64,7 @@ class Guard:
         # Running statistics of a forward pass differ over ranks until rank 0's are sent to all.
         self._synchronise = synchronise
         self._watch = SpikeWatch(config)
+        self._look: Look | None = None
         # With this rank's part of the loss, until a fence brings the mean over all of them.
         self._untold: list[StepFact] = []
         self._validations: list[tuple[float, float]] = []
@@ -119,33 +120,42 @@ class Guard:
         return self._drifted(drift.reason) if drift is not None else None
 
     def _compare(self, turn: int) -> Incident | None:
+        drift = self.sentinel.judge(self._looked(turn))
+        return self._drifted(drift.reason) if drift is not None else None
+
+    def _looked(self, turn: int) -> Look:
         self._synchronise()
         rank = self.sentinel.trace(turn)
         if rank is not None:
             self.events.emit(
                 "drift_traced", "error", astray=rank, reason="gone through again, its state came out other"
             )
-        drift = self.sentinel.check(turn)
-        return self._drifted(drift.reason) if drift is not None else None
+        return self.sentinel.look(turn)
 
     def _drifted(self, reason: str) -> Incident:
         return self._incident("drift", ELEVATED, reason)
 
     # Boundaries
 
+    def begin_boundary(self) -> None:
+        """Start to compare the ranks: the answer comes while they validate. Collective, does not wait."""
+        self._look = self._looked(self.state.boundary)
+
     def boundary(self, report: Report) -> Incident | None:
-        """Judge a validation, compare the ranks. Collective."""
+        """Judge a validation, and the comparison of the ranks that has begun with the boundary. Collective."""
+        look, self._look = self._look, None
+        drift = self.sentinel.judge(look if look is not None else self._looked(self.state.boundary))
         self._validations.append((report.val_loss, report.val_accuracy))
         del self._validations[: -COLLAPSE_HISTORY - 1]
         losses, accuracies = zip(*self._validations, strict=True)
         reason = collapse(losses, accuracies, self.config.collapse_ratio)
         if reason is not None:
             return self._incident("collapse", ELEVATED, reason)
-        found = self._compare(self.state.boundary)
-        if found is None:
-            for rung in self.journal.healthy_boundary():
-                self.events.emit("checkpoint_good", seq=rung.seq, saved_step=rung.step)
-        return found
+        if drift is not None:
+            return self._drifted(drift.reason)
+        for rung in self.journal.healthy_boundary():
+            self.events.emit("checkpoint_good", seq=rung.seq, saved_step=rung.step)
+        return None
 
     def commanded(self, command: RollbackCommand) -> Incident:
         """The return that a command asks for. Local; rank 0 knows the checkpoint and has found that there is one."""

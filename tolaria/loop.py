@@ -48,6 +48,7 @@ from tolaria.telemetry.meters import Meters, Rate
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.pace import Pace
 from tolaria.telemetry.progress import Progress, StepInfo
+from tolaria.telemetry.split import Split
 
 FINISHED = "finished"
 STOPPED = "stopped"
@@ -115,8 +116,7 @@ class Trainer:
                 if incident is None and self._boundary_due(epoch_ended):
                     with phases("boundary"):
                         incident = self._boundary()
-                incident = incident or guard.check(self._payload)
-                if incident is not None:
+                if (incident := incident or guard.check(self._payload)) is not None:
                     self._go_back(incident)
                     break
                 if result.verdict is not None and result.verdict.stop_signal:
@@ -229,8 +229,6 @@ class Trainer:
                 )
             )  # fmt: skip
 
-    # Boundary
-
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps
         return self.state.step % every == 0 if every else epoch_ended
@@ -238,22 +236,23 @@ class Trainer:
     def _boundary(self) -> Incident | None:
         """One boundary. An incident when its validation is none to go on from; then the policy is not asked."""
         parts, state = self.parts, self.state
-        parts.alarm.page.enter(Phase.BOUNDARY, state.step)
-        parts.alarm.at_boundary()
+        split = Split()
+        parts.alarm.at_boundary(state.step)
         state.boundary += 1
         self._last_boundary_step = state.step
         self.lane.restart()
         for slot, before, after in state.kasmina.tick(state.left_overs):
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
-        start = time.perf_counter()
+        parts.guard.begin_boundary()
+        split.lap("guard")
         report = parts.evaluator.measure(self.meters, *self._pace.take())
-        measure_ms = (time.perf_counter() - start) * 1e3
-        self.meters.reset()
+        split.lap("report")
         if (incident := parts.guard.boundary(report)) is not None:
             return incident
+        split.lap("guard")
         applied = parts.coordinator.exchange(report)
         parts.saver.collect()
-        parts.record.boundary(report, applied, measure_ms)
+        parts.record.boundary(report, applied, split)
         if applied.structure_changed:
             parts.guard.structure_changed()
         if applied.go_back is not None:

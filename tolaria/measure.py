@@ -25,6 +25,7 @@ from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.split import Split
 from tolaria.validation import ValidationForward
 
 TRAIN_METERS = ("loss",)
@@ -57,7 +58,7 @@ class Report:
     ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
     ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``worth``: what seeds were
     found to be worth at this boundary, by slot. ``signals``: what growth promises at each free slot. ``flops``: of one
-    sample's forward pass, None if unknown. ``signal_ms``: milliseconds that measuring the signals took on this rank.
+    sample's forward pass, None if unknown. ``spent_ms``: what "validation" and "signal" took on this rank.
     ``owners``: how each seed's samples counted in the host's gradient, by slot (see `Replica.owner_metrics`).
     """
 
@@ -71,7 +72,7 @@ class Report:
     worth: Mapping[str, Worth] = field(default_factory=dict)
     signals: Signals = field(default_factory=dict)
     flops: int | None = None
-    signal_ms: float = 0.0
+    spent_ms: Mapping[str, float] = field(default_factory=dict)
     owners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
@@ -105,29 +106,39 @@ class Evaluator:
     def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary; ``own_ms``: its own time in a step,
-        ``step_ms``: that of the whole step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary, which begin anew; ``own_ms``: its own time in a
+        step, ``step_ms``: that of the whole step.
         Reads the device; blocks for the validation.
         """
+        split = Split()
         self.replica.synchronise_buffers()
-        self.forward.prepare(self._first_batch)
-        local = dict(zip(("train/loss", "train/steps"), train.packed(), strict=True))
-        ranks = range(self.world.world_size)
-        local.update({f"own/{r}": torch.tensor(own_ms * (r == self.world.global_rank)) for r in ranks})
+        with split.timed("validation"):
+            local = self._validate()
+        local.update(zip(("train/loss", "train/steps"), train.packed(), strict=True))
+        train.reset()
         local["step_ms"] = torch.tensor(step_ms)
+        own = torch.zeros(self.world.world_size, dtype=torch.float64)
+        own[self.world.global_rank] = own_ms
+        # Brought together on the device, so that the host waits for it once and not for each value.
+        packed = torch.stack([v.to(self.world.device, torch.float64) for v in local.values()]).cpu()
+        summed = self.world.peers.sum(torch.cat([packed, own])).tolist()
+        values = dict(zip(local, summed, strict=False))
+        report = self._report(values, summed[len(local) :])
+        self._update_evidence(values, report.val_loss)
+        with split.timed("signal"):
+            signals, flops = self.signal.measure(), self.cost.flops()
+        return replace(report, worth=self._worth(values), signals=signals, flops=flops, spent_ms=split.ms)
+
+    def _validate(self) -> dict[str, Tensor]:
+        """This rank's sums over the validation data, of the model as it is and of each seed that is probed."""
+        self.forward.prepare(self._first_batch)
         sums, losses = self._pass(self._plan)
-        local.update({f"val/{name}": value for name, value in sums.items()})
+        local = {f"val/{name}": value for name, value in sums.items()}
         local["squares"] = losses.square().sum()
         for seed in self.state.kasmina.seeds.values():
             if seed.stage in PROBED:
                 local.update(self._probe(seed, losses))
-        # Brought together on the device, so that the host waits for it once and not for each value.
-        packed = torch.stack([v.to(self.world.device, torch.float64) for v in local.values()]).cpu()
-        values = dict(zip(local, self.world.peers.sum(packed).tolist(), strict=True))
-        report = self._report(values)
-        self._update_evidence(values, report.val_loss)
-        report = replace(report, worth=self._worth(values), signals=self.signal.measure(), flops=self.cost.flops())
-        return replace(report, signal_ms=self.signal.milliseconds)
+        return local
 
     def _pass(self, plan: Plan) -> tuple[dict[str, Tensor], Tensor]:
         """Sums of all values over this rank's samples, and the loss of each, float64."""
@@ -183,16 +194,15 @@ class Evaluator:
             found[f"{key}/mismatch"] = torch.tensor(float(bool(gauge.mismatch)))
         return found
 
-    def _report(self, values: Mapping[str, float]) -> Report:
+    def _report(self, values: Mapping[str, float], own_ms: Sequence[float]) -> Report:
         steps = values["train/steps"]
         noise = standard_error(values["val/loss"], values["squares"], self.size)
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
         train_loss = values["train/loss"] / steps if steps else math.nan
-        own_ms = tuple(values[f"own/{rank}"] for rank in range(self.world.world_size))
         step_ms = values["step_ms"] / self.world.world_size
         owners = self.replica.owner_metrics()
         loss, accuracy = means.pop("loss"), means.pop("accuracy")
-        return Report(train_loss, loss, accuracy, means, own_ms, noise, step_ms=step_ms, owners=owners)
+        return Report(train_loss, loss, accuracy, means, tuple(own_ms), noise, step_ms=step_ms, owners=owners)
 
     def _worth(self, values: Mapping[str, float]) -> dict[str, Worth]:
         found = {}

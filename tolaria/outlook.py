@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from time import perf_counter
 
 import torch
 import torch.distributed as dist
@@ -81,7 +80,6 @@ class GrowthSignal:
         chosen_names(replica.config.kasmina)  # a wrong name is told before training starts
         tamiyo = replica.config.tamiyo
         self._asked = bool(tamiyo.endpoint) or tamiyo.policy != POLICY_NONE
-        self.milliseconds = 0.0
 
     def measure(self) -> Signals:
         """The metrics of every DORMANT slot, equal on every rank; empty when nothing could grow or nobody asks.
@@ -89,7 +87,6 @@ class GrowthSignal:
         One forward and backward pass over one batch, then the candidates alone. What fails, on any rank, is left out
         with an event: the run does not need it.
         """
-        start = perf_counter()
         metrics: Signals = {}
         kasmina, config = self.state.kasmina, self.replica.config.kasmina
         free = [s for s in kasmina.seeds.values() if s.stage == SeedStage.DORMANT]
@@ -99,7 +96,6 @@ class GrowthSignal:
                 passed = self._passed(found)
                 for slot, signals in self._signals(found, passed).items():
                     metrics[slot] = {**_costs(found[slot]), **signals}
-        self.milliseconds = (perf_counter() - start) * 1e3
         return metrics
 
     def batch(self) -> Batch:

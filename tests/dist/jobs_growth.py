@@ -19,7 +19,7 @@ from tests.rig import Rig, alone, host_momentum, make_task, same_bits, tiny_conf
 from tolaria import build
 from tolaria.config import CheckpointConfig, Config, DistConfig, LogConfig, RunConfig, TamiyoConfig, TrainConfig
 from tolaria.config_aggregate import AggregateConfig
-from tolaria.coordinator.apply import Outcome
+from tolaria.coordinator.plan import Outcome
 from tolaria.dist import init_world
 from tolaria.kasmina.blueprints import LowRank, register_blueprint
 from tolaria.leyline.types import Command, SeedStage

@@ -62,7 +62,8 @@ class Ran:
 
     def tamiyo_ms(self) -> list[float]:
         """What each boundary waited for the policy."""
-        return [e["latency_ms"]["tamiyo"] for e in self.events("boundary") if e["rank"] == 0]
+        parts = [e["latency_ms"] for e in self.events("boundary") if e["rank"] == 0]
+        return [ms.get("encode", 0.0) + ms.get("round_trip", 0.0) for ms in parts]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The replicated state of the last checkpoint, the mode left out: tensors, and the rest."""

@@ -154,7 +154,7 @@ def test_the_summary_is_complete(demo: Demo) -> None:
         assert command["what"] and command["reason"], command
         assert command["outcome"] in {"applied", "success", "neutral", "regression"}, command
         assert command["effect"] or command["outcome"] == "applied", command
-    for part in ("tamiyo", "broadcast", "validation"):
+    for part in ("round_trip", "broadcast", "validation", "boundary"):
         assert 0 < summary["latency_ms"][part]["p50"] <= summary["latency_ms"][part]["max"]
     assert {"python", "torch", "tolaria"} <= set(summary["versions"])
 

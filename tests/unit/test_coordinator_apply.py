@@ -7,17 +7,20 @@ import pytest
 from torch import nn
 
 from tests.rig import Rig, tiny_config
-from tolaria.coordinator.apply import Applied, Outcome, apply_decision
+from tolaria.coordinator.apply import Applied
+from tolaria.coordinator.delivery import obey
+from tolaria.coordinator.plan import Outcome
 from tolaria.dist import Peers
 from tolaria.errors import TaskError
 from tolaria.kasmina import blueprints
-from tolaria.leyline.codec import encode_command
+from tolaria.leyline.codec import encode_command, encode_decision
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.types import Command, CommandType, Decision, OptimizerCommand, SeedOp, SeedStage
 from tolaria.objective import Batch
 from tolaria.state import Mode
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
+from tolaria.telemetry.split import Split
 
 CONSERVATIVE = Mode(conservative=True, reason="policy: timeout")
 HEALTHY_BOUNDARIES = 3
@@ -50,10 +53,12 @@ def carry_out(
         boundary=rig.state.boundary, step_effective=rig.state.step, source=source, reason="answered",
         conservative=rig.state.mode.conservative, commands=tuple(raw),
     )  # fmt: skip
-    return apply_decision(
-        decision, rig.state, rig.replica, peers or rig.world.peers,
-        healthy_boundaries=HEALTHY_BOUNDARIES, sample=sample,
+    applied = obey(
+        encode_decision(decision), rig.state, rig.replica, peers or rig.world.peers,
+        healthy_boundaries=HEALTHY_BOUNDARIES, sample=sample, split=Split(),
     )  # fmt: skip
+    assert applied is not None
+    return applied
 
 
 def only(applied: Applied) -> Outcome:
@@ -369,17 +374,20 @@ def test_a_wish_for_conservative_mode_that_is_refused_judges_nothing(rig: Rig) -
 # All ranks or none
 
 
-class Dissenting(Peers):
-    """A world of one in which the n-th question to the others is answered "no", from 1 on."""
+OTHER, NONE = b"\1" * 32, bytes(32)
 
-    def __init__(self, *, digest: int = 0, vote: int = 0) -> None:
+
+class Dissenting(Peers):
+    """A world of one in which the n-th question to the others, from 1 on, is answered otherwise by some other rank."""
+
+    def __init__(self, *, digest: int = 0, answer: bytes = OTHER, vote: int = 0) -> None:
         super().__init__(None, 0, 1)
-        self.digest, self.vote = digest, vote
+        self.digest, self.answer, self.vote = digest, answer, vote
         self.digests = self.votes = 0
 
     def gather_digests(self, digest: bytes) -> list[bytes]:
         self.digests += 1
-        return [digest, b"\0" * 32] if self.digests == self.digest else [digest]
+        return [digest, self.answer] if self.digests == self.digest else [digest]
 
     def agree(self, ok: bool) -> bool:
         self.votes += 1
@@ -390,9 +398,9 @@ class Dissenting(Peers):
     ("peers", "code"),
     [
         (Dissenting(digest=1), "vote"),
-        (Dissenting(vote=1), "apply_failed"),
+        (Dissenting(digest=2, answer=NONE), "apply_failed"),
         (Dissenting(digest=2), "digest_mismatch"),
-        (Dissenting(vote=2), "warm_up"),
+        (Dissenting(vote=1), "warm_up"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from tolaria.coordinator.apply import Outcome
 from tolaria.coordinator.ledger import MAX_PENDING, NOTICEABLE, Ledger, describe
+from tolaria.coordinator.plan import Outcome
 from tolaria.leyline.codec import decode_request, encode_request
 from tolaria.leyline.limits import MAX_MEASUREMENT, MAX_STRING_CHARS
 from tolaria.leyline.types import (

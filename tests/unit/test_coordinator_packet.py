@@ -25,6 +25,7 @@ from tolaria.recovery.journal import Journal
 from tolaria.recovery.timeline import Timeline
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.split import Split
 
 HEALTHY = Report(0.75, 0.5, 0.25, {"top2": 0.875})
 
@@ -38,7 +39,9 @@ class Recorder(PolicyClient):
         self.failure = ""
         self.rejected = Counter()
 
-    def ask(self, request: PolicyRequest, *, boundary: int, deadline_ms: int) -> ReceivedReply:
+    def ask(
+        self, request: PolicyRequest, *, boundary: int, deadline_ms: int, split: Split | None = None
+    ) -> ReceivedReply:
         self.asked.append(decode_request(encode_request(request)))
         self.deadlines_ms.append(deadline_ms)
         if self.failure:

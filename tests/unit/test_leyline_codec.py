@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tolaria.dist import FRAME_CAPACITY_BYTES
 from tolaria.errors import MessageRejected
+from tolaria.frames import FRAME_CAPACITY_BYTES
 from tolaria.leyline import codec, limits
 from tolaria.leyline.types import (
     BreakerCommand,

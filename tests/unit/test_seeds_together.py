@@ -14,10 +14,10 @@ from torch.nn.functional import linear
 from tests.rig import Rig, TinyHost, per_sample_loss, same_bits, tiny_config, way
 from tolaria.compare import digest_of
 from tolaria.config import OptimConfig
-from tolaria.coordinator.apply import apply_decision
+from tolaria.coordinator.delivery import obey
 from tolaria.kasmina.lifecycle import MOVES
 from tolaria.kasmina.seed import Seed
-from tolaria.leyline.codec import encode_command
+from tolaria.leyline.codec import encode_command, encode_decision
 from tolaria.leyline.types import Command, Decision, SeedOp, SeedStage
 from tolaria.measure import TRAIN_METERS
 from tolaria.objective import Batch
@@ -25,6 +25,7 @@ from tolaria.replica import evaluating
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.split import Split
 
 S = SeedStage
 STAGES = (S.DORMANT, S.GERMINATED, S.TRAINING, S.BLENDING, S.SHADOWING, S.PROBATIONARY, S.FOSSILIZED, S.CULLED)
@@ -192,7 +193,11 @@ def decide(rig: Rig, *commands: Command) -> list[str]:
         boundary=rig.state.boundary, step_effective=rig.state.step, source="policy", reason="answered",
         conservative=False, commands=tuple(map(encode_command, commands)),
     )  # fmt: skip
-    applied = apply_decision(decision, rig.state, rig.replica, rig.world.peers, healthy_boundaries=2, sample=rig.sample)
+    applied = obey(
+        encode_decision(decision), rig.state, rig.replica, rig.world.peers,
+        healthy_boundaries=2, sample=rig.sample, split=Split(),
+    )  # fmt: skip
+    assert applied is not None
     return [outcome.code for outcome in applied.outcomes]
 
 

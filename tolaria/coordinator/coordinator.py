@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria.config import TamiyoConfig
-from tolaria.coordinator.apply import Applied, Outcome, apply_decision
+from tolaria.coordinator.apply import Applied
 from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide
+from tolaria.coordinator.delivery import NO_DECISION, obey
 from tolaria.coordinator.ledger import Ledger
+from tolaria.coordinator.plan import Outcome
 from tolaria.dist import World
 from tolaria.errors import MessageRejected, PolicyUnavailable, WalError
-from tolaria.leyline.codec import decode_command, decode_decision, encode_decision
+from tolaria.leyline.codec import decode_command, encode_decision
 from tolaria.leyline.limits import clip_measurement
 from tolaria.leyline.types import (
     Command,
@@ -39,8 +41,8 @@ from tolaria.state import HOST_GROUP, TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.telemetry.events import EventLog, Level
+from tolaria.telemetry.split import Split
 
-_NO_DECISION = b"no decision"
 LOSS_HISTORY = 16
 """Validation losses of so many boundaries travel with every packet."""
 
@@ -100,46 +102,42 @@ class Coordinator:
         Afterwards every rank has applied the same commands, or none. Raises PeerLost.
         """
         frame = None
-        latency: dict[str, float] = {}
+        split = Split()
         screened: list[Outcome] = []
         failure: WalError | None = None
         if self.world.is_coordinator:
             try:
-                frame, screened = self._decide(report, latency)
+                frame, screened = self._decide(report, split)
             except WalError as error:
-                frame, failure = _NO_DECISION, error
-        start = time.perf_counter()
-        frame = self.world.peers.broadcast_frame(frame)
-        latency["broadcast"] = (time.perf_counter() - start) * 1e3
-        if frame == _NO_DECISION:
-            raise failure or WalError("rank 0 cannot write its log of decisions; its own output says why")
-        applied = apply_decision(
-            decode_decision(frame), self.state, self.replica, self.world.peers,
-            healthy_boundaries=self.config.healthy_boundaries, sample=self._sample,
+                frame, failure = NO_DECISION, error
+        applied = obey(
+            frame, self.state, self.replica, self.world.peers,
+            healthy_boundaries=self.config.healthy_boundaries, sample=self._sample, split=split,
         )  # fmt: skip
+        if applied is None:
+            raise failure or WalError("rank 0 cannot write its log of decisions; its own output says why")
         applied.outcomes += screened
-        applied.latency_ms = {**latency, **applied.latency_ms}
-        self._tell(applied, report)
+        with split.timed("telemetry"):
+            self._tell(applied, report)
         return applied
 
-    def _decide(self, report: Report, latency: dict[str, float]) -> tuple[bytes, list[Outcome]]:
+    def _decide(self, report: Report, split: Split) -> tuple[bytes, list[Outcome]]:
         """Rank 0: the decision's bytes, from the log or new and then in the log, and what was refused beforehand."""
-        start = time.perf_counter()
         for record in self.ledger.observe(self.state.boundary, report.val_loss, report.val_accuracy):
             self.events.emit("command_judged", command_id=record.command_id, outcome=record.outcome,
                              effect=record.effect)  # fmt: skip
-        request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
-        asked = time.perf_counter()
+        with split.timed("packet"):
+            request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
         self._losses.appendleft(report.val_loss)
         logged = self._journal.logged(self.state.boundary)
         screened: list[Outcome] = []
         if logged is None:
-            answer, screened = self._screen(self._ask(request))
-            logged = self._record(answer)
+            answer = self._ask(request, split)
+            with split.timed("decision"):
+                answer, screened = self._screen(answer)
+                logged = self._record(answer)
         else:
             self._repeat(logged, request)
-        answered = time.perf_counter()
-        latency |= {"state": (asked - start) * 1e3, "tamiyo": (answered - asked) * 1e3}
         return encode_decision(logged), screened
 
     def _screen(self, answer: Answer) -> tuple[Answer, list[Outcome]]:
@@ -176,7 +174,7 @@ class Coordinator:
             self.ledger.delivered(request.field_reports)
         self.events.emit("decision_repeated", boundary=logged.boundary, source=logged.source, reason=logged.reason)
 
-    def _ask(self, request: PolicyRequest) -> Answer:
+    def _ask(self, request: PolicyRequest, split: Split) -> Answer:
         if self._client is None:
             return Answer(NO_POLICY)
         deadline_ms = self.breaker.allow(self.state.boundary)
@@ -185,7 +183,7 @@ class Coordinator:
         if self._revive is not None and self._revive():
             self.events.emit("policy_restarted", "warning", reason="the embedded policy had died")
         try:
-            reply = self._client.ask(request, boundary=self.state.boundary, deadline_ms=deadline_ms)
+            reply = self._client.ask(request, boundary=self.state.boundary, deadline_ms=deadline_ms, split=split)
         except PolicyUnavailable as error:
             self.breaker.failure(error.code)
             self.events.emit("policy_failed", "warning", code=error.code, reason=str(error),
@@ -198,7 +196,7 @@ class Coordinator:
     def _record(self, answer: Answer) -> Decision:
         decision = decide(answer, boundary=self.state.boundary, step=self.state.step, mode=self.state.mode)
         self._journal.decided(decision)
-        self.events.emit(
+        self.events.note(
             "decision", boundary=decision.boundary, source=decision.source, reason=decision.reason,
             conservative=decision.conservative, commands=[raw.hex() for raw in decision.commands],
         )  # fmt: skip

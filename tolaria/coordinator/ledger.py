@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tolaria.coordinator.apply import Outcome
+from tolaria.coordinator.plan import Outcome
 from tolaria.leyline.limits import clip_measurement, clip_text, is_name
 from tolaria.leyline.types import (
     FREEZE,

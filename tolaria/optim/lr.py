@@ -252,7 +252,7 @@ class LRController:
             "next_step": self._next_step,
             "rewarm": list(self._rewarm),
             "base_lr": None if self._base_lr == self._configured_lr else self._base_lr,
-            "history": [list(change) for change in self._history],
+            "history": list(map(list, self._history)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

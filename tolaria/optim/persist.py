@@ -33,6 +33,11 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return {name: value for name, value in _state(optimizer) if isinstance(value, Tensor)}
 
 
+def without_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a run without those of its optimizer, whose names begin with ``optim/``."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optim/")}
+
+
 def state_scalars(optimizer: Optimizer) -> dict[str, Scalar]:
     """The part of the state that is plain numbers, truth values or text, named as in `state_tensors`; JSON-able.
 

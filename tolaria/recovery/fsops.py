@@ -25,6 +25,7 @@ DIRECTORY_MODE = 0o700
 WRITE_PIECE_BYTES = 8 * 1024 * 1024
 # Linux moves at most 0x7ffff000 bytes per read.
 READ_PIECE_BYTES = 1024 * 1024 * 1024
+SMALL_BYTES = 64 * 1024
 
 
 def fresh_memory(size: int) -> mmap.mmap:
@@ -205,7 +206,9 @@ class FileOps:
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             if status.st_size > max_bytes:
                 raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {max_bytes} accepted", str(path))
-            view = memoryview(fresh_memory(status.st_size)) if status.st_size else memoryview(b"")
+            # A mapping of its own costs a small file more than its reading.
+            small = status.st_size < SMALL_BYTES
+            view = memoryview(bytearray(status.st_size) if small else fresh_memory(status.st_size))
             done = 0
             while done < len(view) and (count := self.read_into(fd, view[done : done + READ_PIECE_BYTES])):
                 done += count

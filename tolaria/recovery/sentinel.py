@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tolaria.compare import tensor_hash, tensor_hashes
-from tolaria.dist import Peers
+from tolaria.dist import Gathering, Peers
 from tolaria.optim.persist import group_options
 from tolaria.state import TrainState
 
@@ -45,6 +45,14 @@ class Drift:
         return f"{whose} in {names}"
 
 
+class Look(NamedTuple):
+    """What one rank has seen, on its way to the others: names of facts, hashes by name of tensor."""
+
+    gathering: Gathering
+    facts: list[str]
+    hashes: dict[str, int]
+
+
 class Sentinel:
     """Compares the ranks. Collective: every rank calls `check` at the same steps.
 
@@ -61,11 +69,20 @@ class Sentinel:
     def check(self, turn: int) -> Drift | None:
         """Compare slice number ``turn`` and all that is small; None while the ranks are equal. Two small collectives
         at most; reads the slice once."""
+        return self.judge(self.look(turn))
+
+    def look(self, turn: int) -> Look:
+        """The first half of `check`: read this rank's slice, start the comparison. Does not wait for other ranks."""
         tensors = self._slice(turn)
         hashes = tensor_hashes(tensors)
         facts = {name: _hash(value) for name, value in self._facts().items()}
         facts["structure"] = _hash(list(tensors))
-        rows = self._peers.gather([_hash(list(hashes.values())), *facts.values()])
+        row = [_hash(list(hashes.values())), *facts.values()]
+        return Look(self._peers.start_gather(row), list(facts), hashes)
+
+    def judge(self, look: Look) -> Drift | None:
+        """The second half of `check`, whatever happened since: what the ranks differed in when they looked."""
+        rows, facts, hashes = self._peers.finish_gather(look.gathering), look.facts, look.hashes
         if all(row == rows[0] for row in rows):
             return None
         odd = {name: [row[at] for row in rows] for at, name in enumerate(facts, 1) if len({r[at] for r in rows}) > 1}

@@ -34,7 +34,9 @@ from tolaria.rundir.ownership import (
     DirectoryOps,
     Fence,
     Lock,
+    fence_bytes,
     lock,
+    parse_fence,
     read_fence,
     unusable,
     write_fence,
@@ -57,6 +59,7 @@ class RunDir:
     restarted: bool
     _fs: DirectoryOps
     _lock: Lock | None
+    _mine: bytes | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -65,10 +68,15 @@ class RunDir:
 
     def check_owner(self) -> None:
         """Raise RunLocked unless this start is still the last one. Local; one small read."""
-        fence = read_fence(self.path, self._fs)
+        raw = fence_bytes(self.path, self._fs)
+        if raw is not None and raw == self._mine:
+            # Taking it apart costs more than reading it, and this runs before every entry of the log.
+            return
+        fence = None if raw is None else parse_fence(self.path, raw)
         if fence is None or fence.generation != self.generation:
             by = "nobody" if fence is None else f"process {fence.pid} (generation {fence.generation})"
             raise RunLocked(f"{self.path}: taken over by {by}; this start (generation {self.generation}) must stop")
+        self._mine = raw
 
     def close(self) -> None:
         """Release the lock. Safe to call twice."""

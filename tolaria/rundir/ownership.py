@@ -103,13 +103,24 @@ def write_fence(path: Path, fence: Fence, fs: DirectoryOps) -> None:
 
 def read_fence(path: Path, fs: DirectoryOps) -> Fence | None:
     """Who started last in a run directory, None if nobody did. Raises RunDirError for a damaged record."""
+    raw = fence_bytes(path, fs)
+    return None if raw is None else parse_fence(path, raw)
+
+
+def fence_bytes(path: Path, fs: DirectoryOps) -> bytes | None:
+    """The record of who started last as it is on disk, None if there is none. Raises RunDirError."""
     file = path / FENCE_NAME
     try:
-        raw = fs.read_file(file, _FENCE_MAX_BYTES)
+        return fs.read_file(file, _FENCE_MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise unusable(file, error) from error
+
+
+def parse_fence(path: Path, raw: bytes) -> Fence:
+    """What `fence_bytes` of a run directory says. Raises RunDirError for a damaged record."""
+    file = path / FENCE_NAME
     try:
         document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:

@@ -34,6 +34,7 @@ from tolaria.tamiyo.curve import load_client_curve
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.inbox import Limit, SignalInbox
 from tolaria.tamiyo.transport import DealerTransport, Transport
+from tolaria.telemetry.split import Split
 
 MAX_EXAMINED_FRAMES = 64
 MAX_EXAMINED_BYTES = 1024 * 1024
@@ -100,14 +101,33 @@ class PolicyClient:
             # Most often the second answer to a question that was sent twice.
             self.rejected["unasked"] += 1
 
-    def ask(self, request: PolicyRequest, *, boundary: int, deadline_ms: int) -> ReceivedReply:
+    def ask(
+        self, request: PolicyRequest, *, boundary: int, deadline_ms: int, split: Split | None = None
+    ) -> ReceivedReply:
         """The policy's reply, its commands still to be decoded one by one. Local; blocks at most ``deadline_ms``.
 
+        ``split`` is told what went into "encode" and "round_trip".
         Raises PolicyUnavailable; its code is "timeout" when nothing fitting came, "auth" when nothing came but
         frames of another key or protocol, "schema" for a signed but malformed reply, "flood", "transport", or
         "request" when the question itself could not be encoded. The next question starts on a fresh connection
         after any of them.
         """
+        split = split or Split()
+        with split.timed("encode"):
+            header, frame = self._question(request, boundary)
+        open_question = _OpenQuestion(header, self._keys, self.rejected, self._inbox)
+        try:
+            with split.timed("round_trip"):
+                return self._transport.exchange(
+                    frame, open_question.accept, deadline_s=deadline_ms / 1000, resend_s=self._resend_ms / 1000
+                )
+        except PolicyUnavailable as error:
+            if error.code == "timeout" and open_question.auth_failure is not None:
+                raise PolicyUnavailable("auth", f"{error}; {open_question.auth_failure}") from error
+            raise
+
+    def _question(self, request: PolicyRequest, boundary: int) -> tuple[FrameHeader, bytes]:
+        """Header and signed frame of the next question."""
         try:
             payload = encode_request(request)
         except MessageRejected as error:
@@ -117,16 +137,7 @@ class PolicyClient:
             run_id=self._run_id, generation=self._generation, boundary=boundary, seq=self._seq,
             payload=payload, wall_ns=self._wall_ns(),
         )  # fmt: skip
-        open_question = _OpenQuestion(header, self._keys, self.rejected, self._inbox)
-        frame = seal(header, payload, self._keys)
-        try:
-            return self._transport.exchange(
-                frame, open_question.accept, deadline_s=deadline_ms / 1000, resend_s=self._resend_ms / 1000
-            )
-        except PolicyUnavailable as error:
-            if error.code == "timeout" and open_question.auth_failure is not None:
-                raise PolicyUnavailable("auth", f"{error}; {open_question.auth_failure}") from error
-            raise
+        return header, seal(header, payload, self._keys)
 
     def close(self) -> None:
         """Drop the connection at once."""

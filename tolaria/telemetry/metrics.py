@@ -30,7 +30,7 @@ class MetricsLog:
 
     def write(self, step: int, **values: object) -> None:
         """Write one line of host values (numbers, not device tensors: a tensor would be copied from its device)."""
-        self._file.append({"step": step, "wall_ns": self._wall_ns(), **values}, wait=False)
+        self._file.append({"step": step, "wall_ns": self._wall_ns(), **values}, wait=False, wake=False)
 
     def close(self) -> None:
         """Close the file; idempotent."""
