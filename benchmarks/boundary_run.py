@@ -59,7 +59,8 @@ def write_script(path: Path, boundaries: int) -> None:
     """One command at every boundary: the rate goes up and down by a tenth."""
     path.write_text(
         "".join(
-            f'[[command]]\nboundary = {boundary}\nop = "set_lr"\ngroup = "host"\nlr = {1e-3 if boundary % 2 else 1.1e-3}\n'
+            f'[[command]]\nboundary = {boundary}\nop = "set_lr"\ngroup = "host"\n'
+            f"lr = {1e-3 if boundary % 2 else 1.1e-3}\n"
             for boundary in range(1, boundaries + 1)
         )
     )

@@ -26,7 +26,7 @@ from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
-from tolaria.process import StopFlag, agent_id, settled, keep_freed_memory
+from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
 from tolaria.recovery.checkpoint import CheckpointWriter

@@ -93,7 +93,7 @@ class RunRecord:
             flops_per_sample=report.flops,
             owners=_owners(report, state),
             # Told once: from each of a thousand ranks the times of a thousand ranks are 10 MB at every boundary.
-            **({"own_ms": [round(ms, 3) for ms in report.own_ms]} if self.events.rank == 0 else {}),
+            own_ms=[round(ms, 3) for ms in report.own_ms] if self.events.rank == 0 else [],
         )  # fmt: skip
 
     def _tell_stragglers(self, report: Report) -> None:

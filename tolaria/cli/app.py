@@ -1,0 +1,51 @@
+"""The `tolaria` command. Every command is a module beside this one; here they get their names and their order.
+
+No command imports torch before it needs it: `tolaria status` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from tolaria.errors import TolariaError
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 the answer is no (a check failed, a command was refused); 2 wrong arguments; 73 no such run, or
+its directory cannot be read; 74 a checkpoint or log is damaged; 75 the run is not running, or does not answer.
+"""
+
+app = typer.Typer(
+    name="tolaria", help="See a run of Tolaria, steer it while it trains, and check afterwards what happened.",
+    epilog=EXIT_CODES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+@app.callback()
+def _common() -> None:
+    """Without a command: its help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these arguments; the exit code. Errors are one line on stderr."""
+    try:
+        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 130
+    except TolariaError as error:
+        sys.stderr.write(f"tolaria: {' '.join(str(error).split())}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        # `tolaria logs RUN | head`: nobody reads on, and that is no error.
+        sys.stderr.close()
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
