@@ -40,12 +40,12 @@ from figures import machine_line, markdown, save, say, spread, table
 from torch._dynamo.utils import counters
 
 from tolaria.config import CompileConfig, Config, DistConfig, KasminaConfig, RunConfig, TrainConfig
-from tolaria.coordinator.apply import apply_decision
+from tolaria.coordinator.delivery import obey
 from tolaria.data import Loader
 from tolaria.dist import World, init_world
 from tolaria.fence import Verdict
 from tolaria.kasmina.blueprints import get_blueprint, register_blueprint
-from tolaria.leyline.codec import encode_command
+from tolaria.leyline.codec import encode_command, encode_decision
 from tolaria.leyline.types import Command, Decision
 from tolaria.objective import Batch
 from tolaria.replica import Replica
@@ -57,6 +57,7 @@ from tolaria.tamiyo.policy import with_identity
 from tolaria.task import load_task
 from tolaria.tasks import stdlib_gpt
 from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.split import Split
 
 HOSTS: dict[str, dict[str, int]] = {
     "0.3": {"layers": 2, "features": 96, "heads": 4, "context": 64},
@@ -187,15 +188,16 @@ class _Run:
             boundary=self.state.boundary, step_effective=self.state.step, source="policy", reason="answered",
             conservative=False, commands=(signed,),
         )  # fmt: skip
+        frame = encode_decision(decision) if self.world.is_coordinator else None
         graphs = counters["stats"]["unique_graphs"]
         self.world.peers.agree(True)  # so that no rank's own lateness is in the others' pause
         start = perf_counter()
-        applied = apply_decision(
-            decision, self.state, self.replica, self.world.peers, healthy_boundaries=2, sample=self.sample
+        applied = obey(
+            frame, self.state, self.replica, self.world.peers, healthy_boundaries=2, sample=self.sample, split=Split()
         )
         pause = (perf_counter() - start) * 1e3
-        if not applied.outcomes[0].applied:
-            raise SystemExit(f"{name}: {applied.outcomes[0].reason}")
+        if applied is None or not applied.outcomes[0].applied:
+            raise SystemExit(f"{name}: {applied.outcomes[0].reason if applied else 'no decision'}")
         first = self.train()
         parts = {part: applied.latency_ms.get(key, 0.0) for part, key in PARTS.items()}
         grown = counters["stats"]["unique_graphs"] - graphs
