@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -23,9 +24,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-@app.callback()
-def _common() -> None:
-    """Without a command: its help."""
+app.add_typer(send, name="send")
+app.command("undo")(undo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,10 +159,10 @@ class SnapshotRing:
         """What the digest of a snapshot of this state would be. Reads every tensor once."""
         return _digest(tensors, tensor_hashes(tensors), meta)
 
-    def drop_after(self, step: int) -> None:
-        """The run went back to ``step``: what was taken later is void."""
+    def drop_after(self, step: int, seq: int | None = None) -> None:
+        """The run went back to ``step``, to the snapshot ``seq`` where it is one: what was taken later is void."""
         for info in self.held():
-            if info.step > step:
+            if info.step > step or (seq is not None and info.seq > seq):
                 self.drop(info.seq)
 
     def close(self, *, remove: bool) -> None:
