@@ -99,7 +99,7 @@ class Acts:
         parts, state, action = self.parts, self.state, told["action"]
         parts.alarm.page.enter(Phase.BOUNDARY, state.step)
         if action == COMMAND and parts.config.recovery.snapshot_steps:
-            incident = parts.guard.snapshot(self._payload())
+            incident = parts.guard.snapshot(self._payload(), apart=True)
             if incident is not None:
                 # Its number is in the log, so the return to come voids it: nothing of it has happened.
                 self._refuse_logged(told, "drift", incident.reason)
