@@ -20,6 +20,7 @@ from tolaria.telemetry.summary import RunSummary
 from tolaria.telemetry.words import number, percent, printable, short_duration, short_path
 
 Mode: TypeAlias = Literal["auto", "plain", "off"]
+Detail: TypeAlias = Literal["quiet", "normal", "verbose"]
 Level: TypeAlias = Literal["info", "warning", "error", "critical"]
 Line: TypeAlias = tuple[str, str]  # label, text
 
@@ -103,6 +104,7 @@ class Progress:
         self,
         mode: Mode = "auto",
         *,
+        detail: Detail = "normal",
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
