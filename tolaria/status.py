@@ -28,6 +28,7 @@ from tolaria.telemetry.goodput import Ledger
 from tolaria.telemetry.meters import Rate
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress, StepInfo
+from tolaria.telemetry.report import balance_line, share_line
 from tolaria.telemetry.summary import Score
 
 WINDOW = 30
@@ -66,10 +67,12 @@ class RunStatus:
         self._samples = Rate()
         self._step = state.step
         self._loss: float | None = None
+        self._over = False
         self._planned = planned_steps(config.train, state.sampler)
         self._process = psutil.Process()
         self._speed: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._began = (state.step, perf_counter())
+        self._goodput = ledger.seconds()
 
     # Called by the loop
 
@@ -103,6 +106,10 @@ class RunStatus:
 
     def boundary(self, report: Report) -> None:
         """A boundary is over."""
+        if self.progress.detail == "verbose":
+            before, self._goodput = self._goodput, self.ledger.seconds()
+            balance = balance_line(report.own_ms, report.data_ms, report.wait_ms)
+            self.progress.details([("time", share_line(self._goodput, before)), ("ranks", balance)])
         if self.board is None:
             return
         final, best = self.record.final, self.record.best
@@ -124,7 +131,8 @@ class RunStatus:
             self.board.show()
 
     def ended(self, state: str, reason: str = "") -> None:
-        """The run is over."""
+        """The run is over: ``state`` as of `Board.end`."""
+        self._over = True
         if self.board is not None:
             self._say(self.board)
             self.board.end(state, reason)
@@ -160,11 +168,12 @@ class RunStatus:
         first, earlier = self._speed[0]
         each_s = (in_steps - earlier) / (step - first) if step > first else None
         under_way = now - since - ledger.own("paused")
-        eta_s = (self._planned - step) * under_way / (step - done) if step > done else None
+        left = 0 if self._over else self._planned - step
+        eta_s = left * under_way / (step - done) if step > done else None
         memory = {"rss_mb": round(self._process.memory_info().rss / 2**20, 1), "device_mb": self._device_mb()}
         return {
-            "step": step, "train_loss": self._loss, "eta_s": eta_s and round(eta_s, 1),
-            "step_ms": each_s and round(each_s * 1e3, 3),
+            "step": step, "train_loss": self._loss, "eta_s": None if eta_s is None else round(eta_s, 1),
+            "step_ms": round(each_s * 1e3, 3) if each_s else None,
             "samples_per_s": round(self.state.sampler.group_size / each_s, 1) if each_s else None, "memory": memory,
         }  # fmt: skip
 

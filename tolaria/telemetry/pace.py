@@ -14,8 +14,8 @@ FLOOR_MS = 5.0
 """Less than this holds nobody up."""
 
 
-DATA_BOUND = 0.5
-"""Waiting for so large a share of a step for its data is worth telling."""
+DATA_SHARE = 0.5
+"""More than this, of a step or of what a rank takes longer than others, is worth telling."""
 
 
 class StepTimes(NamedTuple):
@@ -65,6 +65,24 @@ class Pace:
             seconds.clear()
         self._steps, self._waited = 0, waited_s
         return StepTimes(own, whole, data, max(0.0, wait))
+
+
+def slowness(rank: int, own_ms: Sequence[float], data_ms: Sequence[float]) -> str:
+    """What a straggler spends its time on, for people: its data, where that is most of what it takes longer."""
+    usual = median(ms for other, ms in enumerate(own_ms) if other != rank)
+    usual_data = median(ms for other, ms in enumerate(data_ms) if other != rank)
+    if data_ms[rank] - usual_data > DATA_SHARE * (own_ms[rank] - usual):
+        return f"rank {rank} waits {data_ms[rank]:.0f} ms a step for its data, the others {usual_data:.0f} ms"
+    return f"rank {rank}: {own_ms[rank]:.0f} ms a step of its own, the others {usual:.0f} ms"
+
+
+def data_bound(data_ms: Sequence[float], step_ms: float) -> str:
+    """For people: that steps wait for data more than for anything else, on all ranks; "" where they do not."""
+    least = min(data_ms, default=0.0)
+    if least <= FLOOR_MS or least <= DATA_SHARE * step_ms:
+        return ""
+    who = "every rank waits" if len(data_ms) > 1 else "it waits"
+    return f"{who} {least:.0f} of {step_ms:.0f} ms a step for its data"
 
 
 def stragglers(own_ms: Sequence[float], ratio: float) -> list[int]:
