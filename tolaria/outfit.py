@@ -18,20 +18,18 @@ from tolaria.recovery.journal import Journal
 from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
-from tolaria.telemetry.board import NAME, Board, Former, read_former
+from tolaria.telemetry.board import NAME, Board, Clock, Former, read_former
 from tolaria.telemetry.goodput import Ledger
 from tolaria.telemetry.metrics import MetricsLog
 
 
-def make_ledger(
-    config: Config, world: World, run: RunDir, began: float, cleanup: ExitStack
-) -> tuple[Ledger, Board | None]:
+def make_clock(config: Config, world: World, run: RunDir, began: float, cleanup: ExitStack) -> Clock:
     """This rank's clock, which goes since ``began`` (of `time.perf_counter`), and the board on rank 0.
 
     Rank 0's clock goes on from what the start before has left on the board.
     """
     if not world.is_coordinator:
-        return Ledger(began=began), None
+        return Clock(Ledger(began=began), None)
     path = run.path / NAME
     now_ns, since_s = time.time_ns(), time.perf_counter() - began
     former = read_former(path, run.run_id) if config.log.status_s else None
@@ -43,7 +41,7 @@ def make_ledger(
     facts = {"run_id": run.run_id, "name": config.run.name, "started_ns": known.started_ns,
              "world_size": world.world_size, "device": str(world.device)}  # fmt: skip
     board = Board(path, interval_s=config.log.status_s, ledger=ledger, facts=facts, check_owner=run.check_owner)
-    return ledger, cleanup.enter_context(board)
+    return Clock(ledger, cleanup.enter_context(board))
 
 
 def make_ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from tolaria.compiled_code import CompiledCode
+from tolaria.compiled_code import CompiledCode, compiling_seen
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -67,6 +67,7 @@ class Replica:
             self._settings.enter_context(
                 torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
             )
+            self._settings.enter_context(compiling_seen(self.ledger))
             if config.aggregate.mode == "pcgrad":
                 # A graph that has given its buffers away can not run backward a second time.
                 self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))

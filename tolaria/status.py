@@ -23,8 +23,7 @@ from tolaria.recovery.journal import Journal
 from tolaria.setup import planned_steps
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.step import StepResult
-from tolaria.telemetry.board import Board
-from tolaria.telemetry.goodput import Ledger
+from tolaria.telemetry.board import Board, Clock
 from tolaria.telemetry.meters import Rate
 from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress, StepInfo
@@ -36,16 +35,15 @@ WINDOW = 30
 
 
 class RunStatus:
-    """One per rank, called by the loop. ``board``: on rank 0 only. Local; nothing here waits."""
+    """One per rank, called by the loop. Local; nothing here waits."""
 
     def __init__(
         self,
         config: Config,
         world: World,
         state: TrainState,
+        clock: Clock,
         *,
-        ledger: Ledger,
-        board: Board | None,
         coordinator: Coordinator,
         journal: Journal,
         alarm: Alarm,
@@ -56,8 +54,7 @@ class RunStatus:
         self.config = config
         self.world = world
         self.state = state
-        self.ledger = ledger
-        self.board = board
+        self.ledger, self.board = clock
         self.coordinator = coordinator
         self.journal = journal
         self.alarm = alarm
@@ -72,13 +69,14 @@ class RunStatus:
         self._process = psutil.Process()
         self._speed: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._began = (state.step, perf_counter())
-        self._goodput = ledger.seconds()
+        self._goodput: dict[str, float] = {}
 
     # Called by the loop
 
     def begin(self) -> None:
         """The first step is about to be taken."""
         self.ledger.begin(self.state.step)
+        self._goodput = self.ledger.seconds()
         self._began = (self.state.step, perf_counter())
         if self.board is not None:
             self._say(self.board)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from tolaria.errors import RunDirError, RunLocked
 from tolaria.telemetry.goodput import CATEGORIES, Ledger
@@ -201,3 +201,10 @@ class Board:
         first, self._failing = not self._failing, True
         if first:
             warn(f"tolaria: cannot write {self.path} ({why}); training goes on without it")
+
+
+class Clock(NamedTuple):
+    """A rank's clock, and the board on which rank 0 tells what it says."""
+
+    ledger: Ledger
+    board: Board | None

@@ -15,7 +15,7 @@ OUTCOMES = {
 }
 
 FEW = 4
-"""So many ranks are shown one by one."""
+"""So many ranks are shown one by one, and so many parts of the time of a boundary."""
 
 WAITED = 0.2
 """A rank that takes so much longer than the others is named."""
@@ -115,11 +115,11 @@ def time_lines(goodput: Mapping[str, float], *, least: float = 0.001) -> Iterato
 
 
 def share_line(goodput: Mapping[str, float], before: Mapping[str, float]) -> str:
-    """What the time between two readings was spent on, the longest first, what is less than a hundredth left out."""
+    """What the time between two readings was mostly spent on, the longest first, in one line."""
     spent = {category: seconds - before.get(category, 0.0) for category, seconds in goodput.items()}
     whole = sum(spent.values())
     shares = sorted(((s / whole, c) for c, s in spent.items() if s > 0.01 * whole), reverse=True) if whole > 0 else []
-    return ", ".join(f"{category} {share:.0%}" for share, category in shares)
+    return ", ".join(f"{category} {share:.0%}" for share, category in shares[:FEW])
 
 
 def balance_line(own_ms: Sequence[float], data_ms: Sequence[float], wait_ms: Sequence[float]) -> str:
