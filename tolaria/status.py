@@ -146,7 +146,6 @@ class RunStatus:
             epoch=min(sampler.epoch + 1, self.config.train.epochs), epochs=self.config.train.epochs,
             steps_per_epoch=sampler.steps_per_epoch, max_steps=self._planned, boundary=state.boundary,
             lr={group: state.lr.lr_at(group, state.step) for group in state.lr.groups},
-            mode={"conservative": state.mode.conservative, "reason": state.mode.reason, "paused": state.hand.paused},
             seeds=[self._seed(slot) for slot in state.kasmina.seeds],
             policy={"source": self._source, "breaker": breaker.state.name, "reason": breaker.last_code},
             emergency={"level": level, "reason": self.alarm.page.reason() if level else ""},
@@ -156,7 +155,8 @@ class RunStatus:
         )  # fmt: skip
 
     def _look(self) -> Mapping[str, object]:
-        """What changes with every step, and what the machine says. Called by the board's thread: reads numbers only."""
+        """What changes with every step, and what the machine says. Called by the board's thread: reads numbers, and
+        objects that are replaced as a whole."""
         ledger, step, now = self.ledger, self._step, perf_counter()
         done, since = self._began
         in_steps = sum(ledger.own(category) for category in ("compute", "data wait", "sync wait"))
@@ -169,8 +169,10 @@ class RunStatus:
         left = 0 if self._over else self._planned - step
         eta_s = left * under_way / (step - done) if step > done else None
         memory = {"rss_mb": round(self._process.memory_info().rss / 2**20, 1), "device_mb": self._device_mb()}
+        mode = {"conservative": self.state.mode.conservative, "reason": self.state.mode.reason,
+                "paused": self.state.hand.paused}  # fmt: skip
         return {
-            "step": step, "train_loss": self._loss, "eta_s": None if eta_s is None else round(eta_s, 1),
+            "step": step, "mode": mode, "train_loss": self._loss, "eta_s": None if eta_s is None else round(eta_s, 1),
             "step_ms": round(each_s * 1e3, 3) if each_s else None,
             "samples_per_s": round(self.state.sampler.group_size / each_s, 1) if each_s else None, "memory": memory,
         }  # fmt: skip

@@ -188,7 +188,7 @@ class Board:
         ledger = self.ledger
         seconds = ledger.seconds()
         said: dict[str, object] = {
-            **self._facts, "wall_ns": self._wall_ns(), "activity": ledger.activity,
+            **self._facts, "wall_ns": self._wall_ns(), "activity": "" if self._ended else ledger.activity,
             "goodput": {category: round(s, 3) for category, s in seconds.items()}, "furthest_step": ledger.furthest,
         }  # fmt: skip
         said.update(self.look())
