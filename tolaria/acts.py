@@ -70,8 +70,11 @@ class Acts:
                     return effect
             elif self.state.hand.paused is None:
                 return None
-            elif (effect := self._stand_still()) is not None:
-                return effect
+            else:
+                with self.parts.step.phases("paused"):
+                    effect = self._stand_still()
+                if effect is not None:
+                    return effect
 
     def settled(self) -> None:
         """The return that an act asked for has been made, or could not be. Answers who asked. Local."""

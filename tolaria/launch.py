@@ -24,8 +24,9 @@ CULPRIT_FIRST_S = 5.0  # a rank that failed needs up to some seconds to end: tor
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; the exit code. A wrong flag is answered before torch is loaded."""
     config = parse(argv)
-    from tolaria.process import agent_id, set_parent_death_signal  # noqa: PLC0415 - after the flags, as torch below
+    from tolaria.process import agent_id, set_parent_death_signal, since_start_s  # noqa: PLC0415 - after the flags, as torch below
 
+    began = time.perf_counter() - since_start_s()
     if agent_id() is not None:
         # Ranks whose torchrun was killed would train on, unseen, and write into the run directory.
         set_parent_death_signal()
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from tolaria.build import train  # noqa: PLC0415 - seconds of importing torch
 
-        train(config)
+        train(config, began=began)
     except TolariaError as error:
         # One line: what a task raised may have many.
         text = " ".join(str(error).split())
