@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -14,7 +13,7 @@ import torch
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
 from tolaria.compiled_code import compiled_code
-from tolaria.config import POLICY_NONE, Config
+from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator, RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world, lost_peers
@@ -44,8 +43,7 @@ from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState
 from tolaria.step import TrainStep
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
-from tolaria.tamiyo.client import open_client
-from tolaria.tamiyo.embedded import EmbeddedPolicy
+from tolaria.tamiyo.line import PolicyLine, open_line
 from tolaria.task import Task, load_task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.metrics import MetricsLog
@@ -237,29 +235,24 @@ def _coordinator(
     cleanup: ExitStack,
     sample: Callable[[int], Batch],
 ) -> Coordinator:
-    client = revive = None
-    if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):
-        where: dict[str, Any] = {}
-        if not config.tamiyo.endpoint:
-            embedded = cleanup.enter_context(
-                EmbeddedPolicy(config.tamiyo.policy, config.tamiyo.args, log_path=run.path / "tamiyo.log")
-            )
-            embedded.wait_ready()
-            revive = embedded.revive
-            where = {"endpoint": embedded.endpoint, "key_file": embedded.key_file}
-        client = open_client(config.tamiyo, run_id=run.run_id, generation=world.generation, **where)
-        client.signal_mark = journal.last_signal_mark
-        cleanup.callback(client.close)
+    line = PolicyLine()
+    if world.is_coordinator:
+        line = open_line(
+            config.tamiyo, run.path, events, cleanup, run_id=run.run_id, generation=world.generation,
+            signal_mark=journal.last_signal_mark,
+        )  # fmt: skip
     facts = RunFacts(
         run_id=run.run_id,
         experiment=config.run.name,
         hardware=Hardware(world.device).now,
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
-    return Coordinator(
-        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=client, revive=revive,
-        sample=sample, rest_boundaries=config.recovery.command_boundaries,
+    coordinator = Coordinator(
+        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=line.client,
+        revive=line.revive, sample=sample, rest_boundaries=config.recovery.command_boundaries,
     )  # fmt: skip
+    coordinator.shadow = line.shadow
+    return coordinator
 
 
 def _ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:

@@ -63,6 +63,9 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
 def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests: list[bytes]) -> RunSummary:
     parts, state, record = trainer.parts, trainer.state, trainer.parts.record
     counters = {**record.counters, "skipped_steps": state.skipped_steps, "events_lost": parts.events.lost}
+    if parts.coordinator.shadow is not None:
+        parts.coordinator.shadow.collect()
+        counters |= {f"shadow_{name}": count for name, count in parts.coordinator.shadow.counts.items()}
     return RunSummary(
         outcome=outcome,
         name=parts.config.run.name,
