@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli import policy
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -26,6 +27,9 @@ app = typer.Typer(
 @app.callback()
 def _common() -> None:
     """Without a command: its help."""
+
+
+app.add_typer(policy.app, name="policy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

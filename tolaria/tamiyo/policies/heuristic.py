@@ -11,7 +11,7 @@ sends no `LOSS_HISTORY` makes it remember losses.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text, is_name
+from tolaria.leyline.limits import MAX_COMMANDS, MAX_MEASUREMENT, clip_text, is_name
 from tolaria.leyline.types import Command, FieldReport, SeedOp, SeedStage, SeedState, SystemState
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import trend, worth
@@ -106,7 +106,7 @@ class HeuristicPolicy(Policy):
             return []
         if sees.growing:
             commands = [self._advance(slot.state, state, losses) for slot in sees.growing]
-            return [command for command in commands if command is not None]
+            return [command for command in commands if command is not None][:MAX_COMMANDS]
         return self._grow(sees, losses)
 
     def _losses(self, state: SystemState) -> list[float]:
