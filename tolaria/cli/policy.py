@@ -153,6 +153,7 @@ def _line(console: Console, head: Text, text: str) -> None:
     width = max(20, console.width - len(head.plain))
     lines = Text(printable(text, console.encoding)).wrap(console, width)
     for number, part in enumerate(lines):
+        part.rstrip()
         console.print((head if not number else Text(" " * len(head.plain))) + part, no_wrap=True, overflow="ignore")
 
 
@@ -175,7 +176,7 @@ def _show_check(console: Console, check: Check) -> None:
     text = f"{check.where}: {check.text}" if check.where else check.text
     _line(console, head, text)
     if check.status == FAIL:
-        _line(console, Text(" " * (GUTTER + 2)), f"expected: {CHECKS[check.name]}")
+        _line(console, Text(" " * GUTTER), f"expected: {CHECKS[check.name]}")
 
 
 def _show_boundary(console: Console, row: Compared) -> None:
@@ -192,8 +193,8 @@ def _show_boundary(console: Console, row: Compared) -> None:
 
 def _show_agreement(console: Console, found: Agreement, *, verified: bool) -> None:
     console.print(
-        f"\n{found.boundaries} boundaries, agreed at {found.agreed} of {found.compared}; "
-        f"commands at {found.commanded}, of this policy at {found.would_command}"
+        f"\nAgreed at {found.agreed} of {found.compared} boundaries; the run's policy commanded at {found.commanded}, "
+        f"this one at {found.would_command}."
     )
     if found.first_difference is not None:
         text = (
