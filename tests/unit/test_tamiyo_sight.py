@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from tests.packets import slot, state
+from tests.packets import operations, slot, state
+from tolaria.kasmina import lifecycle
 from tolaria.leyline.limits import MAX_MEASUREMENT
 from tolaria.leyline.types import SeedStage
 from tolaria.tamiyo.sight import GROWING, Candidate, Sight
@@ -69,7 +70,12 @@ def test_a_loss_that_was_no_number_shows(loss: float, healthy: bool) -> None:
     assert Sight(state(1, loss=loss)).healthy is healthy
 
 
-def test_growing_are_the_stages_that_a_command_can_move_on() -> None:
+def test_growing_are_the_stages_that_a_command_can_move_on_and_advance_is_that_command() -> None:
     seeds = tuple(slot(stage.name, stage) for stage in SeedStage)
-    assert {s.stage for s in Sight(state(1, seeds=seeds)).growing} == GROWING
-    assert len(GROWING) == 5
+    sees = Sight(state(1, seeds=seeds))
+    forward = {s.stage: s.advance(reason="on") for s in sees.growing}
+    assert forward.keys() == GROWING
+    assert operations([*forward.values()]) == [(op, stage.name) for stage, op in lifecycle.FORWARD.items()]
+    assert {command.reason for command in forward.values()} == {"on"}
+    with pytest.raises(ValueError, match="slot 'DORMANT' is DORMANT"):
+        sees.free[0].advance()

@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tolaria.errors import MessageRejected
@@ -16,6 +17,8 @@ from tolaria.leyline.codec import encode_command, encode_signal
 from tolaria.leyline.types import Command, EmergencySignal, FieldReport, SystemState
 from tolaria.tamiyo.policies import load_raw
 from tolaria.tamiyo.policy import Policy, with_identity
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Probed(Policy):
@@ -77,4 +80,6 @@ def _unsendable(command: Any, number: int) -> str:
 def _where(error: BaseException) -> str:
     """File and line of the policy's own code in which an error arose."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    own = [frame for frame in frames if os.path.isfile(frame.filename) and _PACKAGE not in Path(frame.filename).parents]
+    frame = (own or frames)[-1]
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tolaria.leyline.limits import MAX_MEASUREMENT
-from tolaria.leyline.types import SeedStage, SeedState, SystemState
-from tolaria.tamiyo.policy import boundary_of
+from tolaria.leyline.types import Command, SeedOp, SeedStage, SeedState, SystemState
+from tolaria.tamiyo.policy import boundary_of, seed_command
 
 LOSS_HISTORY = "loss_history/"
 """Prefix of training metrics with earlier validation losses: ``loss_history/1`` is one boundary ago."""
@@ -50,9 +50,16 @@ parameters would get, its number of parameters, and its forward FLOPs per sample
 METRIC = "metric/"
 """Prefix of training metrics with the task's own ones."""
 
-GROWING = frozenset(
-    {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY}
-)
+FORWARD = {
+    SeedStage.GERMINATED: SeedOp.START_TRAINING,
+    SeedStage.TRAINING: SeedOp.START_GRAFTING,
+    SeedStage.BLENDING: SeedOp.STABILIZE,
+    SeedStage.SHADOWING: SeedOp.EVALUATE,
+    SeedStage.PROBATIONARY: SeedOp.FOSSILIZE,
+}
+"""The operation that leads a seed on to its next stage."""
+
+GROWING = frozenset(FORWARD)
 """Stages of a seed that is neither part of the host yet nor gone: it may be commanded."""
 
 
@@ -149,6 +156,14 @@ class SlotSight:
             Candidate(n, sent.get(f"{SIGNAL}{n}"), int(sent.get(f"{COST}{n}", 0)), sent.get(f"{FLOPS}{n}"))
             for n in names
         )
+
+    def advance(self, *, reason: str = "") -> Command:
+        """The command that leads the seed on to its next stage. Raises ValueError for a slot without one that grows."""
+        if self.stage not in FORWARD:
+            raise ValueError(
+                f"slot {self.name!r} is {self.stage.name}: expected a stage of {', '.join(stage.name for stage in FORWARD)}"
+            )
+        return seed_command(FORWARD[self.stage], self.name, reason=reason)
 
     def _number(self, key: str, missing: float) -> float:
         return self.state.metrics.get(key, missing)
