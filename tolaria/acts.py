@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from tolaria.alarm import ELEVATED, HALT
 from tolaria.coordinator.decision import OPERATOR
-from tolaria.coordinator.ledger import describe
 from tolaria.coordinator.plan import Outcome as Fate
 from tolaria.coordinator.plan import make_plan
 from tolaria.docket import BACK, Docket
 from tolaria.fence import Verdict
 from tolaria.leyline.codec import encode_decision
 from tolaria.leyline.types import Decision
+from tolaria.leyline.words import describe
 from tolaria.orders.words import CHECKPOINT, COMMAND, EMERGENCY, PAUSE, RESUME, STOP, Outcome
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident

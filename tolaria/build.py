@@ -6,14 +6,13 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
 from tolaria.compiled_code import compiled_code
-from tolaria.config import POLICY_NONE, Config
+from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator
 from tolaria.coordinator.packet import RunFacts
 from tolaria.data import Loader, dataset_size
@@ -45,8 +44,7 @@ from tolaria.state import TrainState
 from tolaria.status import RunStatus
 from tolaria.step import TrainStep
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
-from tolaria.tamiyo.client import open_client
-from tolaria.tamiyo.embedded import EmbeddedPolicy
+from tolaria.tamiyo.line import PolicyLine, open_line
 from tolaria.task import Task, load_task
 from tolaria.telemetry.board import Clock
 from tolaria.telemetry.events import EventLog
@@ -254,26 +252,21 @@ def _coordinator(
     cleanup: ExitStack,
     sample: Callable[[int], Batch],
 ) -> Coordinator:
-    client = revive = None
-    if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):
-        where: dict[str, Any] = {}
-        if not config.tamiyo.endpoint:
-            embedded = cleanup.enter_context(
-                EmbeddedPolicy(config.tamiyo.policy, config.tamiyo.args, log_path=run.path / "tamiyo.log")
-            )
-            embedded.wait_ready()
-            revive = embedded.revive
-            where = {"endpoint": embedded.endpoint, "key_file": embedded.key_file}
-        client = open_client(config.tamiyo, run_id=run.run_id, generation=world.generation, **where)
-        client.signal_mark = journal.last_signal_mark
-        cleanup.callback(client.close)
+    line = PolicyLine()
+    if world.is_coordinator:
+        line = open_line(
+            config.tamiyo, run.path, events, cleanup, run_id=run.run_id, generation=world.generation,
+            signal_mark=journal.last_signal_mark,
+        )  # fmt: skip
     facts = RunFacts(
         run_id=run.run_id,
         experiment=config.run.name,
         hardware=Hardware(world.device).now,
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
-    return Coordinator(
-        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=client, revive=revive,
-        sample=sample, rest_boundaries=config.recovery.command_boundaries,
+    coordinator = Coordinator(
+        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=line.client,
+        revive=line.revive, sample=sample, rest_boundaries=config.recovery.command_boundaries,
     )  # fmt: skip
+    coordinator.shadow = line.shadow
+    return coordinator

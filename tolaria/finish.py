@@ -80,6 +80,9 @@ def _summary(
     parts, state, record = trainer.parts, trainer.state, trainer.parts.record
     goodput = {category: round(seconds, 3) for category, seconds in parts.status.ledger.seconds().items()}
     counters = {**record.counters, "skipped_steps": state.skipped_steps, "events_lost": parts.events.lost}
+    if parts.coordinator.shadow is not None:
+        parts.coordinator.shadow.collect()
+        counters |= {f"shadow_{name}": count for name, count in parts.coordinator.shadow.counts.items()}
     return RunSummary(
         outcome=outcome,
         name=parts.config.run.name,

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from tolaria.config import Config, Scalar
+from tolaria.config import Config
+from tolaria.config_fields import Scalar
 from tolaria.config_keys import Key, known_keys, shown, unknown_key
 from tolaria.errors import ConfigError
 

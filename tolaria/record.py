@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from tolaria.coordinator.apply import Applied
-from tolaria.coordinator.ledger import describe
 from tolaria.leyline.types import SeedStage
+from tolaria.leyline.words import describe
 from tolaria.lives import SeedLives
 from tolaria.measure import Report
 from tolaria.recovery.checkpoint import SaveOutcome

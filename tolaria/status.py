@@ -14,7 +14,8 @@ import psutil
 import torch
 
 from tolaria.alarm import Alarm
-from tolaria.config import POLICY_NONE, Config
+from tolaria.config import Config
+from tolaria.config_tamiyo import POLICY_NONE
 from tolaria.coordinator.coordinator import Coordinator
 from tolaria.dist import World
 from tolaria.measure import Report

@@ -99,6 +99,21 @@ class DealerTransport:
             self._drop_socket()
             raise
 
+    def post(self, frame: bytes) -> bool:
+        """Send without waiting for an answer; False where there is no peer that takes it now. Connects if need be.
+
+        Raises PolicyUnavailable("transport").
+        """
+        try:
+            return _try_send(self._open(), [frame])
+        except zmq.ZMQError as error:
+            self._drop_socket()
+            raise PolicyUnavailable("transport", f"{self._endpoint.url}: {error}") from error
+
+    def connect(self) -> None:
+        """Begin to connect, so that a later `post` finds its peer."""
+        self._open()
+
     def _ask(self, request: bytes, accept: Accept[T], deadline: float, resend_s: float) -> T | None:
         """The exchange itself; None when the deadline has passed."""
         budget = _Budget()
