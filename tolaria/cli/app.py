@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli import status
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -26,6 +27,10 @@ app = typer.Typer(
 @app.callback()
 def _common() -> None:
     """Without a command: its help."""
+
+
+# In alphabetical order.
+app.command("status", epilog=status.EXAMPLES)(status.status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
