@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from benchmarks.boundary_run import make_config, make_task
 from tolaria.build import Config
-from tolaria.coordinator.coordinator import Coordinator, RunFacts
+from tolaria.coordinator.coordinator import Coordinator
+from tolaria.coordinator.packet import RunFacts
 from tolaria.data import Loader
 from tolaria.dist import Gathering, Peers, World
 from tolaria.frames import FRAME_CAPACITY_BYTES, make_frame, read_frame

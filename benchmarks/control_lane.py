@@ -133,7 +133,7 @@ def _take(step: Callable[[Callable[[], None]], None], fence: CollectiveFence, va
     for at in range(max(MAX_STEPS, block)):
         due = variant.steps and at % variant.steps == 0
         if due and variant.overlapped:
-            fence.open(stop_signal=0, level=0, losses=[1.0] * variant.steps, lr_changed=False)
+            fence.open(stop_signal=0, level=0, losses=[1.0] * variant.steps, lr_changed=False, asked=False)
             step(fence.close)  # type: ignore[arg-type]
         elif due:
             step(lambda: _agree(fence, variant.steps))
@@ -146,7 +146,7 @@ def _nothing() -> None:
 
 
 def _agree(fence: CollectiveFence, losses: int = 1) -> None:
-    fence.open(stop_signal=0, level=0, losses=[1.0] * losses, lr_changed=False)
+    fence.open(stop_signal=0, level=0, losses=[1.0] * losses, lr_changed=False, asked=False)
     fence.close()
 
 

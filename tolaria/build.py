@@ -5,36 +5,34 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
 from tolaria.compiled_code import compiled_code
 from tolaria.config import POLICY_NONE, Config
-from tolaria.coordinator.coordinator import Coordinator, RunFacts
+from tolaria.coordinator.coordinator import Coordinator
+from tolaria.coordinator.packet import RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world, lost_peers
-from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
+from tolaria.errors import ConfigError, RunHalted, TolariaError, TrainingUnstable
 from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
 from tolaria.guard import Guard
 from tolaria.hardware import Hardware
-from tolaria.loop import Parts, Trainer
+from tolaria.loop import Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
-from tolaria.options import to_toml
+from tolaria.outfit import make_desk, make_metrics, make_ring, make_writer, write_config
+from tolaria.parts import Parts
 from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
-from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.page import Phase
 from tolaria.recovery.sentinel import Sentinel
-from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.replica import Replica
 from tolaria.restore import Saved, facts_of, open_journal, take_up
 from tolaria.rollback import Rollback
@@ -48,7 +46,6 @@ from tolaria.tamiyo.client import open_client
 from tolaria.tamiyo.embedded import EmbeddedPolicy
 from tolaria.task import Task, load_task
 from tolaria.telemetry.events import EventLog
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
@@ -135,7 +132,7 @@ def _assemble(
     facts = facts_of(config, make_task, world)
     _announce(config, state, optim.name, world, run, events, progress)
     page = watch_ranks(config, world, run, events, cleanup)
-    ring = _ring(config, world, run, cleanup)
+    ring = make_ring(config, world, run, cleanup)
     journal = open_journal(config, world, run, facts)
     cleanup.callback(journal.close)
     saved = take_up(config, world, run, journal, state, events, progress, facts)
@@ -163,11 +160,11 @@ def _assemble(
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
-                        writer=_writer(config, world, run, journal, cleanup)),
+                        writer=make_writer(config, world, run, journal, cleanup)),
             alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
                         signals=coordinator.signals),
-            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress,
-            profiler=profiler, stop=stop, facts=facts,
+            record=record, events=events, metrics=make_metrics(world, run, cleanup), progress=progress,
+            profiler=profiler, stop=stop, facts=facts, desk=make_desk(state, world, run, journal, cleanup),
         )
     )  # fmt: skip
     if saved is not None:
@@ -181,7 +178,7 @@ def _announce(
 ) -> None:
     """What is about to run: to the person, to the run directory, to the events."""
     if world.is_coordinator:
-        _write_config(config, run)
+        write_config(config, run)
         progress.start(start_info(config, state, world, run))
     events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
                 parameters=state.parameter_count, versions=versions(), optimizer=optimizer)  # fmt: skip
@@ -260,40 +257,3 @@ def _coordinator(
         state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=client, revive=revive,
         sample=sample, rest_boundaries=config.recovery.command_boundaries,
     )  # fmt: skip
-
-
-def _ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:
-    recovery = config.recovery
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limit = recovery.snapshot_memory_mb * 2**20 or psutil.virtual_memory().available // 2 // local_ranks
-    ring = SnapshotRing(
-        run_id=run.run_id, generation=world.generation, rank=world.global_rank, run_dir=run.path,
-        slots=recovery.snapshots, limit_bytes=limit, directory=Path(recovery.snapshot_dir),
-        pinned=world.device.type == "cuda",
-    )  # fmt: skip
-    cleanup.callback(ring.close, remove=False)
-    return ring
-
-
-def _writer(config: Config, world: World, run: RunDir, journal: Journal, cleanup: ExitStack) -> CheckpointWriter:
-    writer = CheckpointWriter(
-        run.checkpoints, run_id=run.run_id, generation=world.generation, peers=world.background, fs=FileOps(),
-        keep=config.checkpoint.keep, check_owner=run.check_owner, wal=journal.wal, retention=journal.retention,
-    )  # fmt: skip
-    cleanup.callback(writer.close)
-    return writer
-
-
-def _metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None:
-    if not world.is_coordinator:
-        return None
-    metrics = MetricsLog(run.path / "metrics.jsonl")
-    cleanup.callback(metrics.close)
-    return metrics
-
-
-def _write_config(config: Config, run: RunDir) -> None:
-    try:
-        FileOps().replace_file(run.path / "config.toml", to_toml(config).encode())
-    except OSError as error:
-        raise RunDirError(f"{run.path / 'config.toml'}: cannot be written ({error.strerror})") from error

@@ -185,6 +185,7 @@ class TamiyoConfig:
     breaker_rest: int = doc(5, "boundaries without a question before one probe")
     probe_deadline_ms: int = doc(500, "milliseconds of a probe")
     breaker_successes: int = doc(2, "answered probes in a row that close the breaker")
+    may_pause: bool = doc(True, "a policy's PAUSE is obeyed; the run then waits for an operator's resume")
     healthy_boundaries: int = doc(2, "good boundaries in a row that end conservative mode")
     observation_boundaries: int = doc(2, "boundaries after which a command's effect is judged")
 

@@ -103,10 +103,13 @@ class Guard:
             return self.snapshot(payload())
         return None
 
-    def snapshot(self, payload: Payload) -> Incident | None:
-        """Keep this state in memory if it is equal on all ranks. Collective: one or two small collectives."""
+    def snapshot(self, payload: Payload, *, apart: bool = False) -> Incident | None:
+        """Keep this state in memory if it is equal on all ranks. Collective: one or two small collectives.
+
+        ``apart``: beside the ones that come and go, until the next that is kept apart.
+        """
         self._synchronise()
-        taken = self.ring.take(payload)
+        taken = self.ring.take(payload, apart=apart)
         digests = self.world.peers.gather_digests(taken.info.digest if taken is not None else bytes(32))
         if taken is None or bytes(32) in digests:
             if taken is not None:

@@ -10,73 +10,38 @@ for every epoch
                         -> checkpoint due? -> telemetry                 tolaria/saving.py
         sound?          spike, NaN, drift, collapse, emergency          tolaria/guard.py
                         -> snapshot due?      or back to an earlier one tolaria/comeback.py
+        asked?          what an operator ordered, on all ranks          tolaria/acts.py
         stop asked?     one agreed checkpoint, then leave
 one last boundary, one last checkpoint, digests of all ranks compared
 """
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from tolaria.alarm import HALT, Alarm
-from tolaria.comeback import Comeback
-from tolaria.config import Config
-from tolaria.coordinator.coordinator import Coordinator
-from tolaria.data import Loader, Window
-from tolaria.dist import World
+from tolaria.acts import Acts
+from tolaria.alarm import HALT
+from tolaria.data import Window
 from tolaria.fence import Verdict
-from tolaria.guard import Guard
 from tolaria.lane import ControlLane
-from tolaria.measure import TRAIN_METERS, Evaluator
+from tolaria.measure import TRAIN_METERS
 from tolaria.objective import Batch
-from tolaria.process import StopFlag
-from tolaria.profiling import Unprofiled
-from tolaria.record import RunRecord
+from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.page import Phase
-from tolaria.saving import Saver
-from tolaria.state import HOST_GROUP, TrainState
-from tolaria.step import StepResult, TrainStep
+from tolaria.state import HOST_GROUP
+from tolaria.step import StepResult
 from tolaria.streams import rng_tensors
-from tolaria.task import Task
-from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters, Rate
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.pace import Pace
-from tolaria.telemetry.progress import Progress, StepInfo
+from tolaria.telemetry.progress import StepInfo
 from tolaria.telemetry.split import Split
 
 FINISHED = "finished"
 STOPPED = "stopped"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything the loop works with, built in `tolaria/build.py`."""
-
-    config: Config
-    world: World
-    task: Task
-    state: TrainState
-    loader: Loader
-    step: TrainStep
-    evaluator: Evaluator
-    coordinator: Coordinator
-    guard: Guard
-    comeback: Comeback
-    saver: Saver
-    alarm: Alarm
-    record: RunRecord
-    events: EventLog
-    metrics: MetricsLog | None
-    progress: Progress
-    profiler: Unprofiled
-    stop: StopFlag
-    facts: Mapping[str, Any]
 
 
 class Trainer:
@@ -85,7 +50,11 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.state = parts.state
-        self.lane = ControlLane(parts.config, parts.state, parts.world, parts.guard, parts.alarm, parts.stop)
+        self.acts = Acts(parts, self._payload)
+        self.lane = ControlLane(
+            parts.config, parts.state, parts.world, parts.guard, parts.alarm, parts.stop,
+            asked=lambda: self.acts.docket.waiting,
+        )  # fmt: skip
         self.meters = Meters(TRAIN_METERS)
         self._samples = Rate()
         self._pace = Pace()
@@ -99,8 +68,7 @@ class Trainer:
         TrainingUnstable, RunHalted.
         """
         parts, state, guard, phases = self.parts, self.state, self.parts.guard, self.parts.step.phases
-        outcome = FINISHED
-        self._begin()
+        outcome = self._begin()
         while outcome == FINISHED and not self._done():
             for window, group in self._groups():
                 # ------------------------------------------------------------------------------------------
@@ -120,22 +88,23 @@ class Trainer:
                     self._go_back(incident)
                     break
                 if result.verdict is not None and result.verdict.stop_signal:
-                    outcome = STOPPED
-                    self._stop_asked(result.verdict.stop_signal)
+                    outcome = self._stop_asked(result.verdict.stop_signal)
                     break
-                if self._take_effects() or epoch_ended or self._done():
+                moved, outcome = self._act(asked=result.verdict is not None and result.verdict.asked)
+                if moved or outcome != FINISHED or self._take_effects() or epoch_ended or self._done():
                     break
         if outcome == FINISHED and self._last_boundary_step != state.step:
             self._boundary()
         parts.saver.save_last(self._payload)
         return outcome
 
-    def _begin(self) -> None:
+    def _begin(self) -> str:
         """The first snapshot, so that there is always one to go back to, and what the log has for this step."""
         if self.parts.config.recovery.snapshot_steps:
             self.parts.guard.snapshot(self._payload())
             self.parts.comeback.forget_earlier_starts()
         self._take_effects()
+        return self._act(asked=False)[1]
 
     def _close_fence(self) -> Verdict | None:
         verdict = self.lane.close()
@@ -150,6 +119,21 @@ class Trainer:
         self.parts.saver.finish()
         if payload is not None and payload.step > self.parts.record.checkpoint_step:
             self.parts.saver.save_now(payload)
+
+    def _act(self, *, asked: bool) -> tuple[bool, str]:
+        """Carry out what an operator ordered. Whether the run is at another step by it, and the outcome so far."""
+        moved = False
+        while (effect := self.acts.make(asked=asked)) is not None:
+            self.lane.restart()
+            if effect.stop or effect.stop_signal:
+                return moved, self._stop_asked(effect.stop_signal or signal.SIGTERM, by_order=effect.stop)
+            if effect.halt:
+                self.parts.alarm.freeze(self._save_newest_snapshot)
+            if effect.go_back is not None:
+                self._go_back(effect.go_back)
+                self.acts.settled()
+                moved = True
+        return moved, FINISHED
 
     # Going back
 
@@ -169,6 +153,7 @@ class Trainer:
             self._last_boundary_step = int(saved["last_boundary_step"])
             parts.coordinator.went_back(saved["coordinator"], came.text)
             parts.record.went_back(saved["record"], came.text)
+            self.acts.docket.load_state_dict(saved.get("acts", {}))
             if incident.cause == "emergency":
                 parts.alarm.answered(incident.level)
             parts.events.step = self.state.step
@@ -198,10 +183,11 @@ class Trainer:
         config = self.parts.config.train
         return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
 
-    def _stop_asked(self, number: int) -> None:
-        name = signal.Signals(number).name
+    def _stop_asked(self, number: int, *, by_order: bool = False) -> str:
+        name = "order" if by_order else signal.Signals(number).name
         self.parts.events.emit("stop_requested", signal=name)
         self.parts.progress.note(f"{name}: saving a last checkpoint", label="stop")
+        return STOPPED
 
     # Telemetry of steps
 
@@ -280,6 +266,7 @@ class Trainer:
             "coordinator": self.parts.coordinator.state_dict(),
             "record": self.parts.record.state_dict(),
             "guard": self.parts.guard.state_dict(),
+            "acts": self.acts.docket.state_dict(),
             "facts": self.parts.facts,
         }
 
@@ -297,3 +284,4 @@ class Trainer:
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])
         self.parts.guard.load_state_dict(saved["guard"], whole=own is not None)
+        self.acts.docket.load_state_dict(saved.get("acts", {}))

@@ -121,6 +121,11 @@ class StopFlag:
         """Name of the first signal that came."""
         return None if self._received is None else self._received.name
 
+    @property
+    def number(self) -> int:
+        """Number of the first signal that came, 0 for none."""
+        return 0 if self._received is None else int(self._received)
+
     def install(self) -> Self:
         """Take the signals over. Raises RuntimeError outside the main thread or when installed already."""
         if self._former or threading.current_thread() is not threading.main_thread():

@@ -73,6 +73,16 @@ class Saver:
         if failed is not None:
             raise CheckpointError(f"the last checkpoint was not written: {failed}")
 
+    def save_asked(self, payload: Callable[[], Payload]) -> str | None:
+        """Write a checkpoint now; blocks until it is committed. Why it could not be written, None if it was."""
+        self.page.enter(Phase.SAVE, self.state.step)
+        self.finish()
+        if self.record.checkpoint_step == self.state.step:
+            return None
+        self.replica.synchronise_buffers()
+        self._save(payload())
+        return self.finish()
+
     def finish(self) -> str | None:
         """Wait for the save in flight; its error, None when it was committed or there was none."""
         limit_s = self.config.dist.timeout_s

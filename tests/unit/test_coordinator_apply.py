@@ -16,8 +16,8 @@ from tolaria.kasmina import blueprints
 from tolaria.leyline.codec import encode_command, encode_decision
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.types import Command, CommandType, Decision, OptimizerCommand, SeedOp, SeedStage
+from tolaria.mode import Mode
 from tolaria.objective import Batch
-from tolaria.state import Mode
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
 from tolaria.telemetry.split import Split

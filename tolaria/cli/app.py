@@ -10,6 +10,7 @@ import click
 import typer
 
 from tolaria.cli import status
+from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -24,13 +25,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-@app.callback()
-def _common() -> None:
-    """Without a command: its help."""
-
-
-# In alphabetical order.
+app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
+app.command("undo")(undo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,5 @@
 """What the commands print with: a console that adds colour where a terminal shows it, labelled lines that wrap."""
 
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from tolaria.telemetry.lines import to_json
 from tolaria.telemetry.words import printable
 from tolaria.view.sections import Line, Section
 
@@ -32,11 +30,6 @@ def can_show(console: Console, text: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def say_json(document: object) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(to_json(document), ensure_ascii=True, indent=2) + "\n")
 
 
 def say(console: Console, lines: Sequence[Text]) -> None:

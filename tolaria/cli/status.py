@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from tolaria.cli.screen import STYLES, can_show, lay_section, make_console, say, say_json
+from tolaria.cli.printing import print_json
+from tolaria.cli.screen import STYLES, can_show, lay_section, make_console, say
 from tolaria.telemetry.words import printable
 from tolaria.view.files import open_files
 from tolaria.view.now import View, look
@@ -28,7 +29,7 @@ def status(run: RunArgument, as_json: JsonOption = False) -> int:
     """Show how a run is: state, progress, losses, ranks, seeds, steering, commands, checkpoints, time."""
     view = look(open_files(run))
     if as_json:
-        say_json({"schema": 1, **asdict(view.now)})
+        print_json({"schema": 1, **asdict(view.now)})
         return 0
     console = make_console()
     say(console, page(view, console.width, console.encoding, plain=not can_show(console, SHARES)))

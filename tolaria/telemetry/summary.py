@@ -36,7 +36,8 @@ class CommandRecord:
     """One command and what became of it.
 
     ``what`` says what was asked ("germinate late with conv_residual"), ``outcome`` is applied, refused, or the field
-    report's (success, neutral, regression, aborted); ``effect`` tells it in numbers.
+    report's (success, neutral, regression, aborted); ``effect`` tells it in numbers. ``by``: the operator who ordered
+    it, empty for the policy.
     """
 
     step: int
@@ -46,6 +47,7 @@ class CommandRecord:
     reason: str = ""
     outcome: str = ""
     effect: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

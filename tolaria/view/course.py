@@ -149,12 +149,15 @@ class Course:
 
     def _stand(self, what: str, event: Event) -> None:
         if what == "pause":
-            self.paused = event
+            if self.paused is None or event.get("kind") != "paused":  # the order told who, too
+                self.paused = event
         elif what in ("resume", "stop"):
             self.paused = None
 
     def _back_to(self, step: int) -> None:
         self.step = step
+        if self.paused is not None and whole(self.paused.get("step")) > step:
+            self.paused = None
         self.boundaries = [point for point in self.boundaries if point.step <= step]
         self.checkpoints = {seq: saved for seq, saved in self.checkpoints.items() if saved.step <= step}
 

@@ -154,7 +154,8 @@ def describe(
     if status is not None and whole(status.get("wall_ns")) < course.started_ns:
         status = None
     told = dict(status or {})
-    state = state_of(course, alive=alive, status=status, summary=summary)
+    phases = [doing.phase for doing in seen.ranks] if seen is not None else []
+    state = state_of(course, alive=alive, status=status, summary=summary, phases=phases)
     ended = summary if state not in GOING and state not in ("killed", "failed") else None
     train, tamiyo = mapping(config.get("train")), mapping(config.get("tamiyo"))
     last = course.boundaries[-1] if course.boundaries else None

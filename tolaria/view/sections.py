@@ -15,7 +15,14 @@ from tolaria.view.standing import GOING
 
 Line: TypeAlias = tuple[str, str, str]
 
-STATE_STYLES = {"running": "good", "finished": "good", "starting": "", "stopped": "", "unknown": "dim", "paused": "warn"}
+STATE_STYLES = {
+    "running": "good",
+    "finished": "good",
+    "starting": "",
+    "stopped": "",
+    "unknown": "dim",
+    "paused": "warn",
+}
 """What is not in here is bad: halted, unstable, failed, killed."""
 
 SHARES = "█▓▒░"

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias
 
 from tolaria.view.course import Course
@@ -33,15 +33,18 @@ def is_alive(files: RunFiles, status: Mapping[str, Any] | None, *, now_ns: int |
 
 
 def state_of(
-    course: Course, *, alive: bool, status: Mapping[str, Any] | None, summary: Mapping[str, Any] | None
-) -> State:
-    """The state of a run. Pure.
+    course: Course, *, alive: bool, status: Mapping[str, Any] | None, summary: Mapping[str, Any] | None,
+    phases: Collection[str] = (),
+) -> State:  # fmt: skip
+    """The state of a run. Pure. ``phases``: what its ranks are doing, where they can be seen.
 
     A run of another version that tells no status is judged by its events alone; "unknown" is one that has told nothing.
     """
     told = text(status.get("state")) if status else ""
     this_start = status is not None and whole(status.get("wall_ns")) >= course.started_ns
     if alive:
+        if len(set(phases)) == 1 and (seen := next(iter(phases))) in ("paused", "halted"):
+            return seen  # type: ignore[return-value]
         if this_start and told in GOING:
             return told  # type: ignore[return-value]
         return _going(course)

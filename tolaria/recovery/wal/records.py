@@ -39,6 +39,8 @@ class WalKind(IntEnum):
     START = 10
     SIGNAL = 11
     HALT = 12
+    ACT = 13
+    ACTED = 14
 
 
 @dataclass(frozen=True)
