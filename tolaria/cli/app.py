@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from tolaria.cli import status
+from tolaria.cli import logs, runs, status
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
+app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
 app.command("undo")(undo)
