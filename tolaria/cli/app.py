@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from tolaria.cli import logs, runs, status
+from tolaria.cli import logs, runs, status, why
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
@@ -30,6 +30,7 @@ app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
 app.command("undo")(undo)
+app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

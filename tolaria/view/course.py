@@ -16,6 +16,8 @@ Event: TypeAlias = Mapping[str, Any]
 MAX_REMEMBERED = 4000
 """Events that are kept whole; the oldest go first. What is counted and measured is never forgotten."""
 
+MAX_UNANSWERED = 1000
+
 ROUTINE = frozenset({"boundary", "decision", "checkpoint_good", "signal_failed", "seed_gradient_not_finite"})
 """Kinds that come too often to be kept whole; the last of each is."""
 
@@ -80,6 +82,7 @@ class Course:
     counts: Counter[str] = field(default_factory=Counter)
     since_start: Counter[str] = field(default_factory=Counter)
     paused: Event | None = None
+    unanswered: list[Event] = field(default_factory=list)
     step: int = 0
 
     def take(self, event: Event) -> None:
@@ -143,6 +146,12 @@ class Course:
         name = text(event.get("path")).rsplit("/", 1)[-1]
         self.checkpoints[whole(event.get("seq"))] = Checkpoint(name=name, step=whole(event.get("saved_step")))
 
+    def _decided(self, event: Event) -> None:
+        if event.get("source") != "fallback":
+            self.unanswered.clear()
+        else:
+            self.unanswered = [*self.unanswered[:MAX_UNANSWERED], event]
+
     def _good(self, event: Event) -> None:
         if (known := self.checkpoints.get(whole(event.get("seq")))) is not None:
             known.good = True
@@ -186,6 +195,7 @@ class Course:
 _MEANINGS: Mapping[str, Callable[[Course, Event], None]] = {
     "boundary": Course._measured,
     "run_started": Course._started,
+    "decision": Course._decided,
     "went_back": lambda course, event: course._back_to(whole(event.get("to_step"))),
     "resumed": Course._resumed,
     "paused": lambda course, event: course._stand("pause", event),
