@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from tolaria.cli import logs, runs, status, why
+from tolaria.cli import logs, runs, status, top, why
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
@@ -29,6 +29,7 @@ app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
 app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
+app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("undo")(undo)
 app.command("why", epilog=why.EXAMPLES)(why.why)
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,7 @@ from tolaria.cli.status import RunArgument
 from tolaria.view.files import open_files
 from tolaria.view.selection import LEVELS, Selection
 from tolaria.view.tail import Tail
-from tolaria.view.telling import tell
+from tolaria.view.telling import clock, style_of, tell
 from tolaria.view.values import text, whole
 
 EXAMPLES = """\
@@ -29,7 +28,6 @@ Examples:
 """
 POLL_S = 0.25
 LABEL = 22
-STYLE_OF = {"warning": "warn", "error": "bad", "critical": "bad"}
 
 
 def logs(
@@ -93,12 +91,11 @@ def _step(event: Mapping[str, Any], before: int) -> int:
 
 def sentence(event: dict[str, Any], width: int, encoding: str, *, step: int) -> list[Text]:
     """``time  step  rank  sentence``, wrapped below the sentence."""
-    at = datetime.fromtimestamp(whole(event.get("wall_ns")) / 1e9).astimezone()
     rank = whole(event.get("rank"))
     who = "watchdog" if rank < 0 else f"r{rank}"
-    label = f"{at:%H:%M:%S} {step:>7,} {who}"
+    label = f"{clock(event)} {step:>7,} {who}"
     level = text(event.get("level"))
     words = f"{level.upper()}: " if level in ("error", "critical") else ""
-    lines = lay_line((label, words + tell(event), STYLE_OF.get(level, "")), width, encoding, label=LABEL)
+    lines = lay_line((label, words + tell(event), style_of(event)), width, encoding, label=LABEL)
     lines[0].stylize(STYLES["dim"], 0, len(label) + 2)
     return lines

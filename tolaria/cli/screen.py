@@ -44,10 +44,10 @@ def lay_section(section: Section, width: int, encoding: str) -> list[Text]:
     return head + [row for line in section.lines for row in lay_line(line, width, encoding)]
 
 
-def lay_line(line: Line, width: int, encoding: str, *, label: int = LABEL) -> list[Text]:
-    """``  label       text``, wrapped below the text; what is foreign in it cannot steer the terminal."""
+def lay_line(line: Line, width: int, encoding: str, *, label: int = LABEL, hang: int = 0) -> list[Text]:
+    """``  label       text``, wrapped ``hang`` columns further in; nothing foreign in it steers the terminal."""
     name, text, style = printable(line[0], encoding), printable(line[1], encoding), STYLES.get(line[2], "")
-    indent = " " * (label + 2)
+    indent = " " * (label + 2 + hang)
     head = f"  {name:<{label}}" if len(name) < label else f"  {name}  "
     rows = textwrap.wrap(text, width=max(20, width), initial_indent=head, subsequent_indent=indent,
                          break_on_hyphens=False, drop_whitespace=True) or [head]  # fmt: skip

@@ -10,7 +10,7 @@ from tolaria.cli.printing import print_json
 from tolaria.cli.screen import STYLES, can_show, lay_section, make_console, say
 from tolaria.telemetry.words import printable
 from tolaria.view.files import open_files
-from tolaria.view.now import View, look
+from tolaria.view.lookout import View, look
 from tolaria.view.sections import SHARES, all_sections, headline, state_style
 
 EXAMPLES = """\

@@ -11,7 +11,7 @@ from tolaria.cli.screen import STYLES, lay_line, make_console, say
 from tolaria.cli.status import JsonOption, RunArgument
 from tolaria.telemetry.words import printable
 from tolaria.view.files import open_files
-from tolaria.view.now import View, look
+from tolaria.view.lookout import View, look
 from tolaria.view.sections import headline
 from tolaria.view.why import NOTHING, TOPICS, Answer, Urgency, before, explain, unusual
 
@@ -24,7 +24,7 @@ Examples:
 
   tolaria why runs/20261125T024412Z-digits refused --command b12-0
 """
-LABEL = 13
+LABEL = 14
 LIST_IDS = "tolaria logs {run} --kind command_applied,command_refused,act_applied,act_refused --json"
 STYLE_OF = {Urgency.BROKEN: "bad", Urgency.WAITING: "warn", Urgency.WORSE: "warn", Urgency.NOTE: ""}
 
@@ -74,9 +74,12 @@ def laid(answer: Answer, width: int, encoding: str) -> list[Text]:
         rows += lay_line(("", f"since step {answer.since:,}" if answer.now else f"at step {answer.since:,}", ""),
                          width, encoding, label=LABEL)  # fmt: skip
     for fact in answer.facts:
-        rows += lay_line(("", f"- {fact}", ""), width, encoding, label=LABEL)
-    if answer.do:
-        rows += lay_line(("", f"> {answer.do}", "dim"), width, encoding, label=LABEL)
+        rows += lay_line(("", f"- {fact}", ""), width, encoding, label=LABEL, hang=2)
+    advice, *commands = answer.do.split("\n")
+    if advice:
+        rows += lay_line(("", f"> {advice}", "dim"), width, encoding, label=LABEL, hang=2)
+    # Never broken, so that they can be taken over whole.
+    rows += [Text(" " * (LABEL + 4) + printable(command, encoding)) for command in commands]
     return rows
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tolaria.errors import RunDirError
 from tolaria.view.files import RunFiles, find_runs
-from tolaria.view.now import look
+from tolaria.view.lookout import look
 
 
 @dataclass(frozen=True, kw_only=True)

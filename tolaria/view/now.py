@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tolaria.errors import RunDirError
-from tolaria.view.course import Asked, Checkpoint, Course, CourseReader
+from tolaria.view.course import Asked, Checkpoint, Course
 from tolaria.view.files import RunFiles
-from tolaria.view.ranks import Seen, look_at_page
-from tolaria.view.standing import GOING, State, is_alive, state_of
-from tolaria.view.steps import StepPoint, StepsReader, pace
-from tolaria.view.tail import Tail
+from tolaria.view.ranks import Seen
+from tolaria.view.standing import GOING, State, state_of
+from tolaria.view.steps import StepPoint, pace
 from tolaria.view.values import mapping, numbers, real, rows, text, whole
 
 
@@ -102,48 +100,6 @@ class Now:
     memory_mb: Mapping[str, float]
     goodput: Mapping[str, float]
     counters: Mapping[str, float]
-
-
-class Lookout:
-    """Looks at one run again and again, reading on where it left off. Local, reads only."""
-
-    def __init__(self, files: RunFiles) -> None:
-        self.files = files
-        self._course = CourseReader(Tail(files.path / "events.jsonl"))
-        self._steps = StepsReader(Tail(files.path / "metrics.jsonl"))
-
-    def look(self) -> "View":
-        """All that can be known now. Raises RunDirError for files that cannot be read."""
-        files, course, steps = self.files, self._course.read(), self._steps.read()
-        try:
-            status, damage = files.status(), ""
-        except RunDirError as error:
-            # The rest of the run can still be seen, and why not all of it.
-            status, damage = None, str(error)
-        summary = files.summary()
-        config = files.config()
-        alive = is_alive(files, status)
-        seen = look_at_page(files) if files.alive else None
-        now = describe(files, course, steps, status=status, summary=summary, config=config, alive=alive, seen=seen)
-        return View(now=now, course=course, steps=steps, config=config, summary=summary, seen=seen, damage=damage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """One look at a run: the moment, and the course that led to it. ``damage``: why status.json cannot be read."""
-
-    now: Now
-    course: Course
-    steps: list[StepPoint]
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any] | None = None
-    seen: Seen | None = None
-    damage: str = ""
-
-
-def look(files: RunFiles) -> View:
-    """One look at a run."""
-    return Lookout(files).look()
 
 
 def describe(

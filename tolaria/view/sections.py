@@ -3,13 +3,15 @@
 Styles are names of what a line is ("", "good", "warn", "bad", "dim"); the words say the same without them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
 from tolaria.telemetry.words import counted, duration, large, number, percent, short_path
 from tolaria.view.course import Asked, Checkpoint
-from tolaria.view.now import Now, RankPace, Score, SeedNow, View
+from tolaria.view.lookout import View
+from tolaria.view.now import Now, RankPace, Score, SeedNow
 from tolaria.view.ranks import Doing
 from tolaria.view.standing import GOING
 
@@ -40,6 +42,13 @@ class Section:
 def state_style(state: str) -> str:
     """How good a state is."""
     return STATE_STYLES.get(state, "bad")
+
+
+def milliseconds(value: float | None) -> str:
+    """A time in milliseconds, without the unit: 0.438, 12.3, 1,240; "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def headline(now: Now) -> str:
@@ -112,7 +121,7 @@ def training_lines(now: Now) -> list[Line]:
     if now.lr:
         lines.append(("rate", ", ".join(f"{group} {rate:.2e}" for group, rate in now.lr.items()), ""))
     speed = [f"{large(now.samples_per_s)} samples/s"] if now.samples_per_s else []
-    speed += [f"{number(now.step_ms)} ms a step"] if now.step_ms else []
+    speed += [f"{milliseconds(now.step_ms)} ms a step"] if now.step_ms else []
     if speed:
         lines.append(("speed", ", ".join(speed), ""))
     if now.memory_mb:
@@ -150,11 +159,11 @@ def rank_text(row: RankPace, doing: Doing | None) -> str:
     """One rank in words."""
     parts = []
     if row.own_ms is not None:
-        parts.append(f"{number(row.own_ms)} ms a step of its own")
+        parts.append(f"{milliseconds(row.own_ms)} ms a step of its own")
     if row.data_ms is not None:
-        parts.append(f"{number(row.data_ms)} of it for data")
+        parts.append(f"{milliseconds(row.data_ms)} of it for data")
     if row.wait_ms is not None:
-        parts.append(f"{number(row.wait_ms)} waiting for others")
+        parts.append(f"{milliseconds(row.wait_ms)} waiting for others")
     if doing is not None:
         since = f" for {duration(doing.seconds)}" if doing.seconds >= 1 else ""
         parts.append(f"now in {doing.phase}{since}")
@@ -214,17 +223,20 @@ def checkpoint_line(saved: Checkpoint) -> Line:
     return saved.name, f"step {saved.step:,}, " + ("good" if saved.good else "not yet proven good"), ""
 
 
+def shares(goodput: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """(category, share, seconds) of the time, the largest first."""
+    total = sum(seconds for seconds in goodput.values() if seconds > 0)
+    ordered = sorted(((name, s) for name, s in goodput.items() if s > 0), key=lambda item: -item[1])
+    return [(name, seconds / total, seconds) for name, seconds in ordered]
+
+
 def time_lines(now: Now, *, plain: bool = False, width: int = 48) -> list[Line]:
     """What the run's time went to: a bar, and a line for each part of it."""
-    total = sum(seconds for seconds in now.goodput.values() if seconds > 0)
-    if total <= 0:
-        return []
-    parts = sorted(((s, name) for name, s in now.goodput.items() if s > 0), reverse=True)
     marks = PLAIN_SHARES if plain else SHARES
     bar, lines, at = "", [], 0.0
-    for place, (seconds, name) in enumerate(parts):
+    for place, (name, share, seconds) in enumerate(shares(now.goodput)):
         mark = marks[min(place, len(marks) - 1)]
-        at += seconds / total * width
+        at += share * width
         bar += mark * (round(at) - len(bar))
-        lines.append((f"{mark} {name.replace('_', ' ')}"[:12], f"{seconds / total:6.1%}  {duration(seconds)}", ""))
-    return [("", bar, ""), *lines]
+        lines.append((f"{mark} {share:6.1%}", f"{name.replace('_', ' ')}, {duration(seconds)}", ""))
+    return [("", bar, ""), *lines] if lines else []

@@ -1,5 +1,7 @@
 """The numbers of steps, for a curve: read on in metrics.jsonl, thinned out where there are too many to be seen."""
 
+from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 from tolaria.view.tail import Tail
@@ -42,9 +44,11 @@ class StepsReader:
             self.points = self.points[: -MAX_POINTS // 8 : 2] + self.points[-MAX_POINTS // 8 :]
 
 
-def pace(points: list[StepPoint], last: int = 6) -> float | None:
-    """Milliseconds a step at the end of the course, by the wall clock; None where too little is known."""
+def pace(points: list[StepPoint], last: int = 8) -> float | None:
+    """Milliseconds a step at the end of the course, by the wall clock; None where too little is known.
+
+    The median over the last lines, so that neither a boundary nor a restart between two of them moves it.
+    """
     recent = points[-last:]
-    if len(recent) < 2 or recent[-1].step <= recent[0].step:
-        return None
-    return (recent[-1].wall_ns - recent[0].wall_ns) / 1e6 / (recent[-1].step - recent[0].step)
+    each = [(b.wall_ns - a.wall_ns) / 1e6 / (b.step - a.step) for a, b in pairwise(recent) if b.step > a.step]
+    return median(each) if each else None

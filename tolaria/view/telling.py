@@ -4,6 +4,7 @@ A kind that is not known here is told by its name and fields, so that nothing is
 """
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import TypeAlias
 
 from tolaria.telemetry.words import counted, duration, number, percent
@@ -21,6 +22,16 @@ def tell(event: Event) -> str:
     kind = text(event.get("kind")) or "event"
     teller = TELLERS.get(kind)
     return teller(event) if teller is not None else _plainly(kind, event)
+
+
+def clock(event: Event) -> str:
+    """When it happened, in the time of this machine's place."""
+    return f"{datetime.fromtimestamp(whole(event.get('wall_ns')) / 1e9).astimezone():%H:%M:%S}"
+
+
+def style_of(event: Event) -> str:
+    """How bad it is, as `sections` names styles."""
+    return {"warning": "warn", "error": "bad", "critical": "bad"}.get(text(event.get("level")), "")
 
 
 def _plainly(kind: str, event: Event) -> str:

@@ -7,7 +7,7 @@ pace      slow                                      seeds     not growing
 
 from collections.abc import Mapping
 
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.why import ends, pace, returns, saving, seeds, steering
 from tolaria.view.why.answer import Answer, Rule, Urgency
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from tolaria.telemetry.words import short_path
 from tolaria.view.course import Event
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.values import mapping, whole
 
 
@@ -24,7 +24,7 @@ class Urgency(IntEnum):
 class Answer:
     """``since``: the step from which it is so. ``now``: it is so at this moment; else it was.
 
-    ``facts``: sentences with numbers. ``do``: what to do, with the command where there is one.
+    ``facts``: sentences with numbers. ``do``: what to do; further lines of it are commands to type.
     """
 
     topic: str

@@ -2,7 +2,7 @@
 
 from tolaria.telemetry.words import counted, duration
 from tolaria.view.course import Event
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.values import mapping, text, whole
 from tolaria.view.why.answer import Answer, Urgency, path_of, resume_command, step_of
 
@@ -10,20 +10,20 @@ SECONDARY = frozenset({"PeerLost"})
 """What ranks say when another one is the cause."""
 
 ADVICE = {
-    "TaskError": "Mend the task or its data, then resume: {resume}",
+    "TaskError": "Mend the task or its data, then resume:\n{resume}",
     "ConfigError": "Correct the key it names, then start again.",
     "CheckpointError": "See `tolaria verify {path}`; --resume PATH takes an older checkpoint.",
     "CheckpointMismatch": "The checkpoint is of another model: start with the task and settings it was made by.",
-    "WalError": "See `tolaria verify {path}`; free the disk or mend it, then resume: {resume}",
-    "RunDirError": "Free the disk or choose another --run.root, then resume: {resume}",
+    "WalError": "See `tolaria verify {path}`; free the disk or mend it, then resume:\n{resume}",
+    "RunDirError": "Free the disk or choose another --run.root, then resume:\n{resume}",
     "RunLocked": "Another process trains here: wait for it, or stop it.",
     "ReplicaMismatch": "The ranks ended with different states: resume from a good checkpoint, and look for a rank "
     "whose hardware errs (`tolaria logs {path} --kind drift_traced`).",
-    "TrainingUnstable": "Look at the data of those steps and the learning rate, then resume with a lower one: {resume}",
-    "CrashLoop": "Mend what ends every start at this step (the output of the rank that died), then resume: {resume}",
-    "RunHalted": "Clear what it was halted for, then resume: {resume}",
+    "TrainingUnstable": "Look at the data of those steps and at the rate, then resume with a lower one:\n{resume}",
+    "CrashLoop": "Mend what ends every start at this step (the output of the rank that died), then resume:\n{resume}",
+    "RunHalted": "Clear what it was halted for, then resume:\n{resume}",
     "PeerLost": "The rank that is gone says why in its own output, or the kernel in its log (out of memory?). "
-    "Resume: {resume}",
+    "Resume:\n{resume}",
 }
 
 
@@ -38,11 +38,11 @@ def paused(view: View) -> list[Answer]:
     since = whole(event.get("wall_ns"))
     facts = [f"for {duration((now.wall_ns - since) / 1e9)}"] if since else []
     facts += ["the policy is not asked meanwhile, and no data is used up"]
-    do = f"Go on: tolaria send {path_of(view)} resume"
+    do = f"Go on:\ntolaria send {path_of(view)} resume"
     if now.state != "paused":
         facts, do = (
             ["a start goes on standing still"],
-            f"{resume_command(view)} ; then tolaria send {path_of(view)} resume",
+            f"Start it, then let it go on:\n{resume_command(view)}\ntolaria send {path_of(view)} resume",
         )
     return [
         Answer(
@@ -72,10 +72,10 @@ def halted(view: View) -> list[Answer]:
             if left is not None
             else []
         )
-        do = f"Go on as if nothing had been: python -m tolaria.emergency {path} clear"
+        do = f"Go on as if nothing had been:\npython -m tolaria.emergency {path} clear"
     else:
         facts = [f"it was not cleared within {wait:g} s; the state is saved"] if isinstance(wait, float) else []
-        do = f"When the cause is mended: {resume_command(view)}"
+        do = f"When the cause is mended:\n{resume_command(view)}"
     return [
         Answer(
             topic="halted",
@@ -127,7 +127,7 @@ def _asked_to_stop(view: View) -> list[Answer]:
             now=False,
             since=step_of(asked) or now.step,
             facts=facts,
-            do=f"Go on: {resume_command(view)}",
+            do=f"Go on:\n{resume_command(view)}",
         )
     ]
 
@@ -142,7 +142,7 @@ def _failed(view: View) -> list[Answer]:
                 what=f"it ended as {now.state}" + (f": {now.reason}" if now.reason else ""),
                 urgency=Urgency.BROKEN,
                 since=now.step,
-                do=f"Resume: {resume_command(view)}",
+                do=f"Resume:\n{resume_command(view)}",
             )
         ]
     error = text(cause.get("error"))
@@ -152,7 +152,7 @@ def _failed(view: View) -> list[Answer]:
     facts = [f"rank {whole(event.get('stuck_rank'))} {text(event.get('reason'))}" for event in stuck]
     back = len(view.course.of_kind("went_back", rank=0))
     facts += [f"the run went back {counted(back, 'time')} before"] if error == "TrainingUnstable" and back else []
-    advice = ADVICE.get(error, "Resume: {resume}").format(path=path_of(view), resume=resume_command(view))
+    advice = ADVICE.get(error, "Resume:\n{resume}").format(path=path_of(view), resume=resume_command(view))
     return [
         Answer(
             topic="stopped",
@@ -181,7 +181,7 @@ def _killed(view: View) -> list[Answer]:
     if now.checkpoints:
         facts.append(f"the newest checkpoint is {now.checkpoints[-1].name}")
     what = "it ended without a word: killed, or the machine went down"
-    do = f"Look into the kernel's log (out of memory?), then resume: {resume_command(view)}"
+    do = f"Look into the kernel's log (out of memory?), then resume:\n{resume_command(view)}"
     return [Answer(topic="stopped", what=what, urgency=Urgency.BROKEN, since=now.step, facts=tuple(facts), do=do)]
 
 

@@ -4,11 +4,13 @@ from itertools import pairwise
 from statistics import median
 
 from tolaria.telemetry.pace import FLOOR_MS, stragglers
-from tolaria.telemetry.words import counted, duration, number
+from tolaria.telemetry.words import counted, duration
 from tolaria.view.course import Boundary
-from tolaria.view.now import RankPace, View
+from tolaria.view.lookout import View
+from tolaria.view.now import RankPace
 from tolaria.view.ranks import Doing
-from tolaria.view.values import mapping, text, whole
+from tolaria.view.sections import milliseconds
+from tolaria.view.values import mapping, real, text, whole
 from tolaria.view.why.answer import Answer, Urgency, is_recent, path_of, setting, step_of
 
 STANDS_S = 10.0
@@ -63,7 +65,7 @@ def _stands(view: View, doing: Doing) -> Answer:
         urgency=Urgency.BROKEN,
         since=doing.step,
         facts=tuple(facts),
-        do=f"Its stacks: kill -USR1 {doing.pid}, then {path_of(view)}/stacks-r*.txt",
+        do=f"Its stacks:\nkill -USR1 {doing.pid}; cat {path_of(view)}/stacks-r*.txt",
     )
 
 
@@ -78,10 +80,8 @@ def straggler(view: View) -> list[Answer]:
     former = [event for event in told if whole(event.get("straggler")) not in named]
     if former and not answers:
         last = former[-1]
-        what = (
-            f"rank {whole(last.get('straggler'))} took {number(last.get('own_ms'))} ms a step of its own, the others "
-            f"{number(last.get('others_ms'))} ms"
-        )
+        own, others = milliseconds(real(last.get("own_ms"))), milliseconds(real(last.get("others_ms")))
+        what = f"rank {whole(last.get('straggler'))} took {own} ms a step of its own, the others {others} ms"
         answers.append(
             Answer(
                 topic="slow",
@@ -98,20 +98,20 @@ def straggler(view: View) -> list[Answer]:
 def _slow_rank(view: View, row: RankPace, rows: list[RankPace]) -> Answer:
     own = row.own_ms or 0.0
     usual = median(other.own_ms or 0.0 for other in rows if other.rank != row.rank)
-    facts = [f"every rank waits for it: {number(own - usual)} ms of every step"]
+    facts = [f"every rank waits for it: {milliseconds(own - usual)} ms of every step"]
     data = row.data_ms or 0.0
     if row.data_ms is None:
         do = "Its data or its machine: compare its loader, and other processes on its cores."
     elif data > 0.5 * (own - usual):
-        facts.append(f"{number(data)} ms of it is waiting for data")
+        facts.append(f"{milliseconds(data)} ms of it is waiting for data")
         do = "It waits for its data: look at its store; more loader processes (data.num_workers)."
     else:
-        facts.append(f"only {number(data)} ms of it is waiting for data, the rest is its own work")
+        facts.append(f"only {milliseconds(data)} ms of it is waiting for data, the rest is its own work")
         do = "Its machine computes slower: other processes on its cores, clocks, heat."
     told = [e for e in view.course.of_kind("straggler", rank=0, this_start=True) if e.get("straggler") == row.rank]
     return Answer(
         topic="slow",
-        what=f"rank {row.rank} takes {number(own)} ms a step of its own, the others {number(usual)} ms",
+        what=f"rank {row.rank} takes {milliseconds(own)} ms a step of its own, the others {milliseconds(usual)} ms",
         urgency=Urgency.WORSE,
         now=view.now.alive,
         facts=tuple(facts),
@@ -129,7 +129,7 @@ def data_wait(view: View) -> list[Answer]:
     waiting = median(row.data_ms or 0.0 for row in rows)
     if waiting < max(WAIT_SHARE * step_ms, 0.2 * FLOOR_MS):
         return []
-    facts = (f"{number(waiting)} ms of a step of {number(step_ms)} ms, the same on most ranks",)
+    facts = (f"{milliseconds(waiting)} ms of a step of {milliseconds(step_ms)} ms, the same on most ranks",)
     return [
         Answer(
             topic="slow",
@@ -157,7 +157,7 @@ def slower_than_before(view: View) -> list[Answer]:
         a for a in view.now.commands if a.outcome != "refused" and a.what.startswith(("germinate", "start", "fine"))
     ]
     near = [a for a in grown if a.step <= turn.step]
-    facts = [f"{number(recent)} ms a step, boundary included, {number(before)} ms before"]
+    facts = [f"{milliseconds(recent)} ms a step, boundary included, {milliseconds(before)} ms before"]
     if near:
         facts.append(f"the last change of structure before it: {near[-1].what} at step {near[-1].step:,}")
     return [
@@ -194,7 +194,7 @@ def slow_boundary(view: View) -> list[Answer]:
         return []
     last = intervals[-1][0].latency_ms
     parts = sorted(last.items(), key=lambda item: -item[1])[:3]
-    shown = ", ".join(f"{PARTS_OF_A_BOUNDARY.get(name, name)} {number(ms)} ms" for name, ms in parts)
+    shown = ", ".join(f"{PARTS_OF_A_BOUNDARY.get(name, name)} {milliseconds(ms)} ms" for name, ms in parts)
     return [
         Answer(
             topic="slow",

@@ -2,7 +2,7 @@
 
 from tolaria.telemetry.words import counted, duration
 from tolaria.view.course import Event
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.values import numbers, text, whole
 from tolaria.view.why.answer import Answer, Urgency, is_recent, path_of, setting, step_of
 
@@ -18,13 +18,13 @@ CAUSES = {
 
 LEFT_OUT = (
     "Look at the samples that were left out (`tolaria logs {path} --kind incident --json`); "
-    "if it comes again, lower the rate: tolaria send {path} lr --scale 0.5"
+    "if it comes again, lower the rate:\ntolaria send {path} lr --scale 0.5"
 )
 
 CAUSE_ADVICE = {
     "loss_spike": LEFT_OUT,
     "non_finite": LEFT_OUT,
-    "collapse": "If it comes again, lower the rate: tolaria send {path} lr --scale 0.5",
+    "collapse": "If it comes again, lower the rate:\ntolaria send {path} lr --scale 0.5",
     "drift": "A rank that drifts again has failing hardware: take its machine out.",
 }
 
@@ -122,7 +122,7 @@ def skipped_steps(view: View) -> list[Answer]:
                 facts=facts,
                 now=view.now.alive and is_recent(view, skipped[-1]),
                 do="One now and then is harmless (float16: the scaler looks for its scale). Many: look at the "
-                f"data, or lower the rate: tolaria send {path_of(view)} lr --scale 0.5",
+                f"data, or lower the rate:\ntolaria send {path_of(view)} lr --scale 0.5",
             )
         )
     dropped = view.course.since_start["seed_gradient_not_finite"]
@@ -137,7 +137,7 @@ def skipped_steps(view: View) -> list[Answer]:
                 now=view.now.alive and is_recent(view, last),
                 what=f"gradients of seed {slot} were not finite and were dropped; the host stepped on",
                 facts=(f"{counted(dropped, 'time')} since the start, on all ranks together",),
-                do=f"If it goes on: tolaria send {path_of(view)} seed cull --slot {slot}",
+                do=f"If it goes on:\ntolaria send {path_of(view)} seed cull --slot {slot}",
             )
         )
     return answers

@@ -1,7 +1,7 @@
 """Why there is no checkpoint, or none that is new or good; what of the run's own telling is lost. Pure rules."""
 
 from tolaria.telemetry.words import counted, duration
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.values import real, text, whole
 from tolaria.view.why.answer import Answer, Urgency, is_recent, path_of, setting, step_of
 
@@ -34,7 +34,7 @@ def _failed(view: View) -> list[Answer]:
             facts=facts,
             do=""
             if over
-            else "Make room or mend the disk; the run goes on and saves at its next boundary, or: "
+            else "Make room or mend the disk; the run goes on and saves at its next boundary, or:\n"
             f"tolaria send {path_of(view)} checkpoint",
         )
     ]
@@ -99,7 +99,7 @@ def _none(view: View) -> list[Answer]:
             since=now.step,
             now=False,
             facts=(due,) if due else (),
-            do=f"Save one now: tolaria send {path_of(view)} checkpoint",
+            do=f"Save one now:\ntolaria send {path_of(view)} checkpoint",
         )
     ]
 

@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 from tolaria.telemetry.words import counted
 from tolaria.view.course import Asked
-from tolaria.view.now import SeedNow, View
+from tolaria.view.lookout import View
+from tolaria.view.now import SeedNow
 from tolaria.view.values import mapping, text
 from tolaria.view.why.answer import Answer, Urgency, boundaries, path_of, setting
 from tolaria.view.why.steering import NO_POLICY
@@ -85,13 +86,13 @@ def _last_refused(view: View, slot: str, since: int | None) -> Asked | None:
 
 
 def _germinate(view: View, seed: SeedNow) -> str:
-    return f"Grow something: tolaria send {path_of(view)} seed germinate --slot {seed.slot} --blueprint NAME --dry-run"
+    return f"Grow something:\ntolaria send {path_of(view)} seed germinate --slot {seed.slot} --blueprint NAME --dry-run"
 
 
 def _next(operation: str, gate: str) -> Waiting:
     def advice(view: View, seed: SeedNow) -> str:
         return (
-            f"The next move needs {gate}; ask for it: "
+            f"The next move needs {gate}; ask for it:\n"
             f"tolaria send {path_of(view)} seed {operation} --slot {seed.slot} --dry-run"
         )
 
@@ -118,7 +119,7 @@ def _impact(view: View, seed: SeedNow) -> str:
     gain = f"{seed.contribution:+.4g}" if seed.contribution is not None else "not measured yet"
     return (
         f"Gate G4 wants a contribution of {need:g} or more (kasmina.min_contribution); it is {gain}. "
-        f"tolaria send {path_of(view)} seed fossilize --slot {seed.slot} --dry-run, or cull it."
+        f"Ask for it, or cull it:\ntolaria send {path_of(view)} seed fossilize --slot {seed.slot} --dry-run"
     )
 
 

@@ -4,7 +4,7 @@ import re
 
 from tolaria.telemetry.words import counted
 from tolaria.view.course import Asked
-from tolaria.view.now import View
+from tolaria.view.lookout import View
 from tolaria.view.values import mapping, numbers, text, whole
 from tolaria.view.why.answer import Answer, Urgency, boundaries, path_of, setting, step_of
 
@@ -12,13 +12,13 @@ NO_POLICY = "none"
 
 POLICY_ADVICE = {
     "timeout": "Look whether the policy's process works; tamiyo.deadline_ms={deadline:g} is the time it has.",
-    "auth": "Give both sides the same key file (tamiyo.key_file), then let it be asked again: "
+    "auth": "Give both sides the same key file (tamiyo.key_file), then let it be asked again:\n"
     "tolaria send {path} conservative off",
     "closed": "Start the policy's process again, and see its output ({path}/tamiyo.log where it is embedded).",
 }
 
 REFUSAL_ADVICE = {
-    "conservative": "Wait for the end of conservative mode (`tolaria why {path} conservative`), or end it: "
+    "conservative": "Wait for the end of conservative mode (`tolaria why {path} conservative`), or end it:\n"
     "tolaria send {path} conservative off",
     "illegal_transition": "Only the moves it names are legal; `tolaria status {path}` shows every seed's stage.",
     "lr_out_of_bounds": "The bound is a key of the configuration; choose a smaller change.",
@@ -27,10 +27,10 @@ REFUSAL_ADVICE = {
     "unknown_group": "`tolaria status {path}` names the groups, with their rates.",
     "unknown_blueprint": "Its name must be one that the run knows (docs/blueprints.md).",
     "already_applied": "An id is used once: send it again as a new command.",
-    "paused": "It stands still already; go on with: tolaria send {path} resume",
+    "paused": "It stands still already; go on with:\ntolaria send {path} resume",
     "not_paused": "Nothing to do: it trains.",
     "nothing_to_undo": "Only an operator's commands can be taken back.",
-    "needs_weights": "Take it back with the weights: tolaria undo {path} --weights",
+    "needs_weights": "Take it back with the weights:\ntolaria undo {path} --weights",
 }
 
 
@@ -54,11 +54,11 @@ def conservative(view: View) -> list[Answer]:
     facts += [f"{text(event.get('reason'))} (at step {step_of(event):,})" for event in _policy_failures(view)[-1:]]
     healthy = int(setting(view, "tamiyo", "healthy_boundaries", 2))
     if reason.startswith("command"):
-        until = f"Held by a command: it ends by one, tolaria send {path_of(view)} conservative off"
+        until = f"Held by a command: it ends by one:\ntolaria send {path_of(view)} conservative off"
     else:
         until = f"It ends by itself after {boundaries(healthy)} in a row with an answer."
         if now.policy == NO_POLICY:
-            until += f" Or at once: tolaria send {path_of(view)} conservative off"
+            until += f" Or at once:\ntolaria send {path_of(view)} conservative off"
     return [
         Answer(
             topic="conservative",
@@ -127,7 +127,7 @@ def _answered_again(view: View, failures: list[dict[str, object]]) -> list[Answe
                 what="there is no policy: tamiyo.policy is none",
                 urgency=Urgency.NOTE,
                 now=False,
-                do="Steer it by hand: tolaria send; or start with another tamiyo.policy.",
+                do="Steer it by hand (`tolaria send`), or start with another tamiyo.policy.",
             )
         ]
     if not failures:
@@ -189,6 +189,6 @@ def emergency(view: View) -> list[Answer]:
             since=step_of(event) or None,
             what=f"emergency level {now.emergency_level} is in force: {now.emergency_reason or 'no reason told'}",
             facts=("all ranks answer it together at their next step",),
-            do=f"Take it back: python -m tolaria.emergency {path_of(view)} clear",
+            do=f"Take it back:\npython -m tolaria.emergency {path_of(view)} clear",
         )
     ]
