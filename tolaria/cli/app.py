@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
-from tolaria.cli import policy
+from tolaria.cli import logs, policy, runs, status, top, why
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
@@ -25,9 +25,14 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
 app.add_typer(policy.app, name="policy")
+app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
+app.command("status", epilog=status.EXAMPLES)(status.status)
+app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("undo")(undo)
+app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
