@@ -203,8 +203,11 @@ class Trainer:
         if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
             # The loss is this rank's part: the mean over ranks is in the boundary's event.
             alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
+            rates = {f"lr/{n}": state.lr.lr_at(n, state.step - 1) for n in state.lr.groups}
+            rate = rates.pop(f"lr/{HOST_GROUP}")
+            parts.metrics.write(
+                state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **rates, **alphas
+            )  # fmt: skip
         if parts.progress.step_due():
             sampler = state.sampler
             parts.progress.step(
