@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli.audit import audit
 from tolaria.cli.report import report
 from tolaria.cli.send import send, undo
+from tolaria.cli.verify import verify
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -25,9 +27,11 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("audit")(audit)
 app.command("report")(report)
 app.add_typer(send, name="send")
 app.command("undo")(undo)
+app.command("verify")(verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,9 +96,12 @@ def _in_words(series: Series, say: Callable[[float], str]) -> str:
     )
 
 
-def legend(series: Sequence[Series], shapes: set[str], *, branches: bool) -> Markup:
-    """What the lines and signs of a picture are."""
-    rows = [tag("li", _swatch(f"line s{each.number}" + (" faint" if each.faint else "")), each.name) for each in series]
+def legend(series: Sequence[Series], shapes: set[str], *, branches: bool = False, filled: bool = False) -> Markup:
+    """What the lines (``filled``: areas) and signs of a picture are."""
+    rows = []
+    for each in series:
+        style = f"swatch s{each.number}" if filled else f"line s{each.number}" + (" faint" if each.faint else "")
+        rows.append(tag("li", _swatch(style), each.name))
     if branches:
         rows.append(tag("li", _swatch("line s6 left"), "left by a return"))
     for shape, meaning in SIGNS.items():
@@ -109,7 +112,8 @@ def legend(series: Sequence[Series], shapes: set[str], *, branches: bool) -> Mar
 
 
 def _swatch(style: str) -> Markup:
-    return tag("svg", tag("path", d="M1 6h22", class_=style), width=24, height=12, aria_hidden="true")
+    form = "M6 0h12v12h-12z" if style.startswith("swatch") else "M1 6h22"
+    return tag("svg", tag("path", d=form, class_=style), width=24, height=12, aria_hidden="true")
 
 
 def _table(series: Sequence[Series], what: str, say: Callable[[float], str]) -> Markup:

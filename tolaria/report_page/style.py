@@ -65,6 +65,7 @@ svg a:focus,svg g:focus{outline:none}
 .arc{fill:none;stroke:var(--bad);stroke-width:1.6}
 .bar{fill:var(--c);stroke:var(--ground);stroke-width:1}
 .picture text.on-bar{fill:var(--ground);font-weight:600}
+.picture text.halo{fill:var(--ink);paint-order:stroke;stroke:var(--ground);stroke-width:4px}
 .picture text.strong{fill:var(--ink);font-weight:600}
 .budget{stroke:var(--bad);stroke-width:1.4;stroke-dasharray:6 4}
 .legend{display:flex;flex-wrap:wrap;gap:2px 18px;margin:4px 0 8px;padding:0;list-style:none;font-size:13px}

@@ -54,7 +54,7 @@ def boundaries(history: History) -> Markup:
     ]  # fmt: skip
     heads = ["part", "p50 ms", "p99 ms", "max ms", "budget"]
     behind = table(heads, rows, caption=f"Latency of {len(kept)} boundaries by part, rank 0")
-    return joined([tag("p", said), legend(colours, set(), branches=False), drawn, behind])
+    return joined([tag("p", said), legend(colours, set(), filled=True), drawn, behind])
 
 
 def _groups(boundary: Boundary, name: str) -> float:
@@ -82,7 +82,7 @@ def _stacks(size: Size, x: Axis, y: Axis, kept: Sequence[Boundary], label: str) 
         parts.append(tag("g", *bars))
     line = size.y(y, BUDGET_MS)
     parts.append(tag("line", x1=size.left, x2=size.width - size.right, y1=line, y2=line, class_="budget"))
-    parts.append(words(size.width - size.right, line - 5, f"budget {BUDGET_MS:.0f} ms", "end"))
+    parts.append(words(size.left + 6, line - 6, f"budget {BUDGET_MS:.0f} ms", "start", "halo"))
     return picture(size, label, parts)
 
 
@@ -160,7 +160,7 @@ def ranks(history: History) -> Markup:
     behind = folded(
         "Ranks as a table", table(["rank", "mean ms", "max ms"], rows, caption="Own time in a step, by rank")
     )
-    return joined([tag("p", said if count > 1 else ""), legend(series, set(), branches=False), chart.draw(), behind])
+    return joined([tag("p", said if count > 1 else ""), legend(series, set()), chart.draw(), behind])
 
 
 def _mean(values: Sequence[float]) -> float:
