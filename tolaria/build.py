@@ -51,12 +51,13 @@ from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
 
 
-def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSummary:
+def train(config: Config, *, task: Callable[..., Task] | None = None, until: int = 0) -> RunSummary:
     """Train as configured and return the summary, the same that ends up in summary.json.
 
     Every rank calls it: under torchrun in each process, without it in the one process there is. ``task`` replaces
-    ``config.task.factory`` by a function of the calling script. Raises TolariaError; the run directory then tells how
-    far the run came.
+    ``config.task.factory`` by a function of the calling script. ``until``: stop after this step as if asked to, with
+    everything planned as it was; 0: go on to the end. Raises TolariaError; the run directory then tells how far the run
+    came.
     """
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopFlag())
@@ -73,7 +74,9 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         cleanup.callback(events.close)
         try:
             with lost_peers():
-                return _run(_assemble(config, task, world, run, events, progress, stop, cleanup), world, run)
+                trainer = _assemble(config, task, world, run, events, progress, stop, cleanup)
+                trainer.until = until
+                return _run(trainer, world, run)
         except TolariaError as error:
             trace = "".join(traceback.format_exception(error))[-8000:]
             events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)

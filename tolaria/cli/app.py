@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli.replay import replay
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("replay")(replay)
 app.add_typer(send, name="send")
 app.command("undo")(undo)
 
