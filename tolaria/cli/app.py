@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli.attempt import attempt
 from tolaria.cli.replay import replay
 from tolaria.cli.send import send, undo
 from tolaria.errors import TolariaError
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 app.command("replay")(replay)
 app.add_typer(send, name="send")
+app.command("try")(attempt)
 app.command("undo")(undo)
 
 
