@@ -18,7 +18,7 @@ from tests.torchrun import ROOT, Job, launch
 from tolaria.leyline.codec import decode_command, decode_decision, encode_command, encode_decision
 from tolaria.leyline.types import OptimizerCommand
 from tolaria.orders.client import RunClient
-from tolaria.orders.words import COMMAND, PAUSE, RESUME, Order, Outcome
+from tolaria.orders.words import COMMAND, PAUSE, RESUME, TRY, Order, Outcome
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.wal import Wal, WalKind, WalRecord, read_log
 from tolaria.tamiyo import policy as do
@@ -66,12 +66,14 @@ def document_of(run: Path, *more: str, code: int = 0) -> dict[str, Any]:
 
 
 def order_of(run: Path, found: list[Outcome]) -> None:
-    """A person halves the rate of the seed, then has the run stand still for a moment."""
+    """A person halves the rates, has the run stand still, tries something, and lets it go on."""
     client = RunClient.of(run)
     order = Order(action=COMMAND, operator="test", reason="too fast", command=b"-")
     command = with_identity(do.scale_lr("*", 0.5), "op-1", issued_by="test", issued_at_ns=1)
     found.append(client.send(Order(**{**vars(order), "command": encode_command(command)})))
-    found += [client.send(Order(action=action, operator="test")) for action in (PAUSE, RESUME)]
+    found += [client.send(Order(action=PAUSE, operator="test"))]
+    found += [client.send(Order(action=TRY, arguments={"change": "lr*=0.8", "steps": 3}, operator="test"))]
+    found += [client.send(Order(action=RESUME, operator="test"))]
 
 
 def emergency(run: Path) -> None:
@@ -99,7 +101,7 @@ def recorded() -> Iterator[Path]:
     with launch(folder, flags(folder)) as job:
         outcomes = steer(job, folder)
         summary = job.finish()
-    assert [o.state for o in outcomes] == ["applied"] * 3, outcomes
+    assert [o.state for o in outcomes] == ["applied"] * 4, outcomes
     causes = [incident["cause"] for incident in summary["incidents"]]
     assert causes == ["non_finite", "emergency"], causes
     assert (summary["seeds"][0]["stage"], summary["outcome"], summary["steps"]) == ("BLENDING", "finished", STEPS)
@@ -114,7 +116,7 @@ def test_it_ends_with_the_same_state_on_every_rank(recorded: Path) -> None:
     assert found["equal"] and found["differences"] == [] and found["failure"] == ""
     assert found["replayed"] == found["recorded"] and sorted(found["recorded"]) == ["0", "1"]
     compared = found["compared"]
-    assert (compared["boundary"], compared["command"], compared["act"], compared["loss"]) == (7, 3, 3, STEPS), compared
+    assert (compared["boundary"], compared["command"], compared["act"], compared["loss"]) == (7, 3, 4, STEPS), compared
     assert {back["cause"] for back in found["returns"]} == {"emergency", "non_finite"}
     assert found["kept"] is None and [path.name for path in recorded.parent.iterdir() if "replay" in path.name] == []
     assert {path: path.read_bytes() for path in recorded.rglob("*") if path.is_file()} == before

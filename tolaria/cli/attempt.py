@@ -12,6 +12,7 @@ from tolaria.errors import ConfigError, MessageRejected
 from tolaria.orders.client import RunClient, operator_name
 from tolaria.orders.words import TRY, Order, Outcome
 from tolaria.rehearsal.change import parse_change
+from tolaria.rehearsal.effect import with_error
 from tolaria.telemetry.words import counted, duration, number, percent
 
 REFUSED = 1
@@ -73,9 +74,9 @@ def _tell(run: str, outcome: Outcome) -> None:
         out.print(f"[red]refused[/] ({safe(outcome.code)}): {safe(outcome.reason)}", soft_wrap=True)
         return
     control, changed = found["control"], found["changed"]
+    out.print(f"tried  [bold]{safe(found['what'])}[/]")
     out.print(
-        f"tried [bold]{safe(found['what'])}[/] for {counted(found['steps'], 'step')} from step "
-        f"{found['at_step']:,}{_on(outcome.ranks)}, then went back"
+        f"       {counted(found['steps'], 'step')} from step {found['at_step']:,}{_on(outcome.ranks)}, with and without"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_edge=False)
     table.add_column("")
@@ -84,7 +85,7 @@ def _tell(run: str, outcome: Outcome) -> None:
     last = found["train_steps"]
     table.add_row(
         "  training loss", number(control["train_loss"]), number(changed["train_loss"]),
-        _difference(found["train_difference"], found["train_error"]), f"last {counted(last, 'step')}, step by step",
+        _difference(found["train_difference"], found["train_error"]), f"last {counted(last, 'step')}",
     )  # fmt: skip
     if found["val_difference"] is not None:
         table.add_row(
@@ -109,7 +110,7 @@ def _on(ranks: int) -> str:
 def _difference(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:+.2g} +- {error:.2g}" if error is not None else f"{value:+.2g}"
+    return f"{value:+.2g}" if error is None else with_error(value, error)
 
 
 def _style(found: Mapping[str, Any]) -> str:

@@ -57,13 +57,10 @@ class Effect:
         after = f"after {self.steps} step{'s' if self.steps != 1 else ''}"
         if self.val_difference is None or self.val_error is None:
             return f"too little validation data to tell {after}"
-        size = f"{abs(self.val_difference):.2g} +- {self.val_error:.2g}"
+        size = with_error(self.val_difference, self.val_error)
         if self.val_difference == 0 or abs(self.val_difference) < NOISE_ERRORS * self.val_error:
-            return (
-                f"no effect on the validation loss beyond its noise ({self.val_difference:+.2g} +- "
-                f"{self.val_error:.2g}) {after}"
-            )
-        return f"{'lowers' if self.val_difference < 0 else 'raises'} the validation loss by {size} {after}"
+            return f"no effect on the validation loss beyond its noise ({size}) {after}"
+        return f"{'lowers' if self.val_difference < 0 else 'raises'} the validation loss by {size[1:]} {after}"
 
     def to_json(self) -> dict[str, Any]:
         """For the answer and the run's events: JSON without NaN, the losses of steps thinned out to a curve."""
@@ -102,6 +99,14 @@ def compared(control: Sequence[float], changed: Sequence[float]) -> tuple[int, f
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean of at least one value."""
     return math.fsum(values) / len(values)
+
+
+def with_error(value: float, error: float) -> str:
+    """A signed difference with its standard error, both to the error's second digit: "-0.0114 +- 0.0009"."""
+    if not 0 < error < math.inf:
+        return f"{value:+.2g} +- {error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:+.{decimals}f} +- {error:.{decimals}f}"
 
 
 def curve(losses: Sequence[float]) -> list[float]:
