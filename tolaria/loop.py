@@ -43,10 +43,14 @@ STOPPED = "stopped"
 
 
 class Trainer:
-    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective."""
+    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective.
+
+    ``until``: the step after which it stops as if asked to, without a change of what was planned; 0: none.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.until = 0
         self.state = parts.state
         self.acts = Acts(parts, self._payload)
         self.lane = ControlLane(
@@ -90,6 +94,8 @@ class Trainer:
                 moved, outcome = self._act(asked=result.verdict is not None and result.verdict.asked)
                 if moved or outcome != FINISHED or self._take_effects() or epoch_ended or self._done():
                     break
+        if self._reached:
+            outcome = STOPPED
         if outcome == FINISHED and self._last_boundary_step != state.step:
             self._boundary()
         parts.saver.save_last(self._payload)
@@ -184,8 +190,12 @@ class Trainer:
             yield window, group
 
     def _done(self) -> bool:
-        config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
+        config, step = self.parts.config.train, self.state.step
+        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= step or self._reached
+
+    @property
+    def _reached(self) -> bool:
+        return 0 < self.until <= self.state.step
 
     def _stop_asked(self, number: int, *, by_order: bool = False) -> str:
         name = "order" if by_order else signal.Signals(number).name

@@ -132,6 +132,14 @@ class Evaluator:
             signals, flops = self.signal.measure(), self.cost.flops()
         return replace(report, worth=self._worth(values), signals=signals, flops=flops, spent_ms=split.ms)
 
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Validate the model as it is, and nothing else: the weighted loss of each of this rank's samples, (n,), and
+        the sum of their accuracies, 0-D; both float64 on the device. Collective, for the buffers."""
+        self.replica.synchronise_buffers()
+        self.forward.prepare(self._first_batch)
+        sums, losses = self._pass(self._plan)
+        return losses, sums["accuracy"].to(torch.float64)
+
     def _validate(self) -> dict[str, Tensor]:
         """This rank's sums over the validation data, of the model as it is and of each seed that is probed."""
         self._prepare()

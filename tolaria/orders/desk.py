@@ -33,7 +33,7 @@ from tolaria.leyline.framing import (
     run_id_bytes,
     seal,
 )
-from tolaria.orders.words import HELLO, Order, Outcome, decode_order, encode_outcome
+from tolaria.orders.words import EMERGENCY, HELLO, PAUSE, STOP, Order, Outcome, decode_order, encode_outcome
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.socketdir import SocketDir
 from tolaria.tamiyo.transport import RouterTransport
@@ -46,6 +46,7 @@ MAX_REMEMBERED = 256
 WAKE_S = 0.1
 LINGER_S, CLOSE_S = 1.0, 5.0
 """For the answer to who asked the run to stop, on a busy machine."""
+URGENT = frozenset({STOP, PAUSE, EMERGENCY})
 
 
 class Waiting(NamedTuple):
@@ -116,6 +117,12 @@ class OrderDesk:
         except OSError as error:
             raise RunDirError(f"{self._run / ADDRESS_NAME}: cannot be written ({error.strerror})") from error
         self._thread.start()
+
+    @property
+    def urgent(self) -> str:
+        """What waits and is not to wait for something long to end, "" for nothing. Any thread."""
+        with self._lock:
+            return next((w.order.action for w in self._queue if w.order.action in URGENT), "")
 
     def take(self) -> Waiting | None:
         """The oldest order that waits, None when there is none."""
