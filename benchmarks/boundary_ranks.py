@@ -88,12 +88,7 @@ class Boundaries:
         self.state.boundary += 1
         look = self.sentinel.look(self.state.boundary)
         split.lap("guard")
-<<<<<<< HEAD
-        self._meters.add("loss", 1.0)
-        report = self.evaluator.measure(self._meters, StepTimes(own_ms=OWN_MS, whole_ms=2 * OWN_MS))
-=======
         report = self.report()
->>>>>>> bound2
         split.lap("report")
         if self.sentinel.judge(look) is not None:
             raise RuntimeError("ranks that are all alike were found to differ")
@@ -105,7 +100,7 @@ class Boundaries:
     def report(self) -> Report:
         """What all ranks have measured."""
         self._meters.add("loss", 1.0)
-        return self.evaluator.measure(self._meters, OWN_MS, 2 * OWN_MS)
+        return self.evaluator.measure(self._meters, StepTimes(own_ms=OWN_MS, whole_ms=2 * OWN_MS))
 
     @staticmethod
     def _no_sample(_: int) -> None:
