@@ -35,6 +35,7 @@ from tolaria.state import TrainState
 from tolaria.task import load_task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.pace import StepTimes
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.split import Split
 
@@ -88,7 +89,7 @@ class Boundaries:
         look = self.sentinel.look(self.state.boundary)
         split.lap("guard")
         self._meters.add("loss", 1.0)
-        report = self.evaluator.measure(self._meters, OWN_MS, 2 * OWN_MS)
+        report = self.evaluator.measure(self._meters, StepTimes(own_ms=OWN_MS, whole_ms=2 * OWN_MS))
         split.lap("report")
         if self.sentinel.judge(look) is not None:
             raise RuntimeError("ranks that are all alike were found to differ")

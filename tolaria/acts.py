@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from tolaria.alarm import ELEVATED, HALT
 from tolaria.coordinator.decision import OPERATOR
-from tolaria.coordinator.ledger import describe
 from tolaria.coordinator.plan import Outcome as Fate
 from tolaria.coordinator.plan import make_plan
 from tolaria.docket import BACK, Docket
@@ -25,6 +24,7 @@ from tolaria.errors import CommandRefused
 from tolaria.fence import Verdict
 from tolaria.leyline.codec import encode_decision
 from tolaria.leyline.types import Decision
+from tolaria.leyline.words import describe
 from tolaria.orders.words import CHECKPOINT, COMMAND, EMERGENCY, PAUSE, RESUME, STOP, TRY, Outcome
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
@@ -72,8 +72,11 @@ class Acts:
                     return effect
             elif self.state.hand.paused is None:
                 return None
-            elif (effect := self._stand_still()) is not None:
-                return effect
+            else:
+                with self.parts.step.phases("paused"):
+                    effect = self._stand_still()
+                if effect is not None:
+                    return effect
 
     def settled(self) -> None:
         """The return that an act asked for has been made, or could not be. Answers who asked. Local."""
@@ -157,7 +160,8 @@ class Acts:
         rehearsal = Rehearsal(parts, self._urgent)
         fate, details = Fate(told["order_id"], None, True, "", ""), dict[str, Any]()
         try:
-            effect = rehearsal.run(str(asked["change"]), int(asked["steps"]), f"try-{told['order_id']}")
+            with parts.step.phases("rehearsal"), parts.status.ledger.undivided():
+                effect = rehearsal.run(str(asked["change"]), int(asked["steps"]), f"try-{told['order_id']}")
         except CommandRefused as error:
             fate = replace(fate, applied=False, code=error.code, reason=str(error))
         except Interrupted as error:

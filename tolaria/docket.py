@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tolaria.alarm import ELEVATED
-from tolaria.coordinator.ledger import describe
 from tolaria.errors import CommandRefused, ConfigError, MessageRejected, WalError
 from tolaria.leyline.codec import decode_command, encode_command
 from tolaria.leyline.types import Command, CommandType, EmergencyLevel, RollbackCommand
+from tolaria.leyline.words import describe
 from tolaria.orders.desk import Waiting
 from tolaria.orders.words import COMMAND, EMERGENCY, PAUSE, RESUME, TRY, UNDO, Order, Outcome
 from tolaria.parts import Parts

@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, *, until: int = 0) -> int:
     """Train this rank's part, to the end or ``until`` a step; the exit code."""
-    from tolaria.process import agent_id, set_parent_death_signal  # noqa: PLC0415 - after the flags, as torch below
+    from tolaria.process import agent_id, set_parent_death_signal, since_start_s  # noqa: PLC0415 - after the flags
 
+    began = time.perf_counter() - since_start_s()
     if agent_id() is not None:
         # Ranks whose torchrun was killed would train on, unseen, and write into the run directory.
         set_parent_death_signal()
@@ -40,7 +41,7 @@ def run(config: Config, *, until: int = 0) -> int:
     try:
         from tolaria.build import train  # noqa: PLC0415 - seconds of importing torch
 
-        train(config, until=until)
+        train(config, began=began, until=until)
     except TolariaError as error:
         # One line: what a task raised may have many.
         text = " ".join(str(error).split())

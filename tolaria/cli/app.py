@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli import logs, policy, runs, status, top, why
 from tolaria.cli.attempt import attempt
 from tolaria.cli.replay import replay
 from tolaria.cli.send import send, undo
@@ -26,10 +27,16 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
+app.add_typer(policy.app, name="policy")
 app.command("replay")(replay)
+app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
+app.command("status", epilog=status.EXAMPLES)(status.status)
+app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("try")(attempt)
 app.command("undo")(undo)
+app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

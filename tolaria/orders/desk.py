@@ -45,6 +45,8 @@ MAX_WAITING = 64
 MAX_REMEMBERED = 256
 WAKE_S = 0.1
 URGENT = frozenset({STOP, PAUSE, EMERGENCY})
+LINGER_S, CLOSE_S = 1.0, 5.0
+"""For the answer to who asked the run to stop, on a busy machine."""
 
 
 class Waiting(NamedTuple):
@@ -104,7 +106,8 @@ class OrderDesk:
     def open(self) -> None:
         """Bind, write the address into the run directory, begin to serve. Raises RunDirError, ConfigError."""
         self._folder = SocketDir()
-        self._router = RouterTransport(parse_endpoint(f"ipc://{self._folder.socket_path}", "the operator's socket"))
+        endpoint = parse_endpoint(f"ipc://{self._folder.socket_path}", "the operator's socket")
+        self._router = RouterTransport(endpoint, patient=True)
         address = {
             "endpoint": self._router.url, "generation": self._generation, "run_id": self._run_id, "pid": os.getpid(),
             "host": sockets.gethostname(),
@@ -138,7 +141,7 @@ class OrderDesk:
         """Send what is left, end the thread, remove socket and address. Safe to call twice."""
         self._closing = True
         if self._thread.is_alive():
-            self._thread.join(5 * WAKE_S)
+            self._thread.join(CLOSE_S)
         if self._folder is not None:
             (self._run / ADDRESS_NAME).unlink(missing_ok=True)
             self._folder.close()
@@ -171,7 +174,9 @@ class OrderDesk:
             return
         self._known[order.order_id] = fresh
         if order.action == HELLO:
-            fresh.outcome = Outcome(order_id=order.order_id, state="applied", details=dict(self._hello()))
+            fresh.outcome = Outcome(
+                order_id=order.order_id, state="applied", details={**self._hello(), "waiting": len(self._queue)}
+            )
         elif order.order_id in self._before:
             fresh.outcome = _refused(order, "done_before", "an order of this id was carried out by an earlier start")
         elif len(self._queue) >= MAX_WAITING:
@@ -203,7 +208,7 @@ class OrderDesk:
         except zmq.ZMQError as error:
             warn(f"tolaria: the run takes no more orders ({error}); training goes on")
         finally:
-            router.close()
+            router.close(linger_s=LINGER_S)
 
 
 def open_desk(

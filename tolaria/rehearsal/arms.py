@@ -21,11 +21,11 @@ from torch import Tensor
 
 from tolaria.alarm import ELEVATED
 from tolaria.coordinator.decision import OPERATOR
-from tolaria.coordinator.ledger import describe
 from tolaria.coordinator.plan import Plan, make_plan
 from tolaria.errors import CommandRefused, ConfigError
 from tolaria.leyline.codec import encode_command
 from tolaria.leyline.types import Decision
+from tolaria.leyline.words import describe
 from tolaria.measure import standard_error
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import SpikeWatch, StepFact

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from tolaria.coordinator.ledger import describe
 from tolaria.errors import MessageRejected
 from tolaria.leyline.codec import decode_command, decode_decision
+from tolaria.leyline.words import describe
 from tolaria.recovery.timeline import Return, Timeline
 from tolaria.recovery.wal import WalKind, WalRecord
 from tolaria.view.files import RunFiles
