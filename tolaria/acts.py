@@ -160,7 +160,8 @@ class Acts:
         rehearsal = Rehearsal(parts, self._urgent)
         fate, details = Fate(told["order_id"], None, True, "", ""), dict[str, Any]()
         try:
-            effect = rehearsal.run(str(asked["change"]), int(asked["steps"]), f"try-{told['order_id']}")
+            with parts.step.phases("rehearsal"), parts.status.ledger.undivided():
+                effect = rehearsal.run(str(asked["change"]), int(asked["steps"]), f"try-{told['order_id']}")
         except CommandRefused as error:
             fate = replace(fate, applied=False, code=error.code, reason=str(error))
         except Interrupted as error:

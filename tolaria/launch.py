@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, *, until: int = 0) -> int:
     """Train this rank's part, to the end or ``until`` a step; the exit code."""
-    from tolaria.process import agent_id, set_parent_death_signal, since_start_s  # noqa: PLC0415 - after the flags, as torch below
+    from tolaria.process import agent_id, set_parent_death_signal, since_start_s  # noqa: PLC0415 - after the flags
 
     began = time.perf_counter() - since_start_s()
     if agent_id() is not None:

@@ -96,6 +96,9 @@ def test_a_person_tries_something_and_the_run_ends_as_if_not(folder: Path, unhar
     assert "lr_out_of_bounds" in far and "'lr=fast': 'fast' is no number" in wrong
     assert [act["arguments"]["steps"] for act in tries(run)] == [8, 12, 200]
     assert len(job.events("rehearsed", rank=0)) == 2
+    assert 0 < json.loads((run / "status.json").read_text())["goodput"]["rehearsal"] < 30
+    logged = tolaria("logs", str(run), "--kind", "rehearsed")
+    assert "tried *: lr x0.5; host: weight_decay 0.02 for 8 steps and took it back: " in " ".join(logged.split())
 
 
 def test_a_stop_ends_a_rehearsal_at_once(folder: Path) -> None:

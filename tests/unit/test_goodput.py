@@ -194,3 +194,17 @@ def test_a_compile_in_the_middle_of_a_step_is_compile_although_nobody_asked_for_
     finally:
         torch._dynamo.reset()
     assert spent(ledger) == {"start-up": 5.0, "compile": 7.0, "compute": 1.0}
+
+
+def test_what_is_held_together_is_of_one_category_whatever_is_entered_in_it(now: Now, ledger: Ledger) -> None:
+    with ledger.phases("rehearsal"), ledger.undivided():
+        now.goes(1.0)
+        with ledger.phases("sync"), ledger.phases("compile"):
+            now.goes(2.0)
+            assert ledger.activity == "rehearsal"
+        began = ledger.now()
+        now.goes(3.0)
+        ledger.since(began, "sync wait")
+    with ledger.phases("sync"):
+        now.goes(4.0)
+    assert spent(ledger) == {"start-up": 5.0, "rehearsal": 6.0, "sync wait": 4.0}

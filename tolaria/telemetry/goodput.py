@@ -24,8 +24,8 @@ own work and everybody's gradients: that wait is compute, and only broadcast and
 others up on a GPU, tell the ranks' own times (`tolaria/telemetry/pace.py`).
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from types import TracebackType
 from typing import Literal, TypeAlias, get_args
@@ -80,6 +80,7 @@ class Ledger:
         self._opening, self._again, self._done = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
         self._book = self._opening
         self.category: Category = "start-up"
+        self._held: Category | None = None
         self._stack: list[Category] = []
         inside = {category: _Inside(self, category) for category in CATEGORIES}
         contexts: dict[Phase, AbstractContextManager[None]] = {
@@ -97,6 +98,15 @@ class Ledger:
     def inside(self, category: Category) -> AbstractContextManager[None]:
         """The time in this context is of ``category``."""
         return _Inside(self, category)
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Inside, all time is of the category that is open now, whatever is entered."""
+        self._held = self.category
+        try:
+            yield
+        finally:
+            self._held = None
 
     def begin(self, step: int) -> None:
         """The loop begins after so many steps: what came before was start-up or restart."""
@@ -117,7 +127,7 @@ class Ledger:
         now = self._clock()
         moment = min(max(moment, self._since), now)
         self._book[self.category] += moment - self._since
-        self._book[category] += now - moment
+        self._book[self._held or category] += now - moment
         self._since = now
 
     def now(self) -> float:
@@ -180,7 +190,7 @@ class _Inside:
         former = ledger.category
         ledger._book[former] += now - ledger._since
         ledger._stack.append(former)
-        ledger.category = self._category
+        ledger.category = ledger._held or self._category
         ledger._since = now
 
     def __exit__(
