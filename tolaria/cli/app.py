@@ -10,6 +10,7 @@ import click
 import typer
 
 from tolaria.cli.audit import audit
+from tolaria.cli.export import export
 from tolaria.cli.report import report
 from tolaria.cli.send import send, undo
 from tolaria.cli.verify import verify
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 
 app.command("audit")(audit)
+app.command("export")(export)
 app.command("report")(report)
 app.add_typer(send, name="send")
 app.command("undo")(undo)
