@@ -12,6 +12,7 @@ import typer
 from tolaria.cli import logs, policy, runs, status, top, why
 from tolaria.cli.attempt import attempt
 from tolaria.cli.audit import audit
+from tolaria.cli.export import export
 from tolaria.cli.replay import replay
 from tolaria.cli.report import report
 from tolaria.cli.send import send, undo
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 
 app.command("audit")(audit)
+app.command("export")(export)
 app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
 app.add_typer(policy.app, name="policy")
 app.command("replay")(replay)

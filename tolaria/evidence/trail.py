@@ -177,8 +177,8 @@ class Trail:
         also += ["conservative"] if taken.conservative else []
         self._add(
             record, "return", f"went back from step {taken.from_step:,} to step {taken.to_step:,}",
-            step=taken.from_step, boundary=taken.at_boundary,
-            why=f"{taken.cause.replace('_', ' ')}: {taken.reason}", effect=", ".join(also),
+            step=taken.from_step, boundary=taken.at_boundary, why=f"{taken.cause.replace('_', ' ')}: {taken.reason}",
+            effect=", ".join(also),
         )  # fmt: skip
 
 
