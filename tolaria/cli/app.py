@@ -20,8 +20,10 @@ from tolaria.cli.verify import verify
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 the answer is no (a check failed, a command was refused); 2 wrong arguments; 73 no such run, or
-its directory cannot be read; 74 a checkpoint or log is damaged; 75 the run is not running, or does not answer.
+Exit codes: 0 done; 1 the answer is no (a check failed, a command was
+refused); 2 wrong arguments; 73 no such run, or its directory cannot be read;
+74 a checkpoint or log is damaged; 75 the run is not running, or does not
+answer.
 """
 
 app = typer.Typer(
