@@ -5,8 +5,8 @@ No command imports torch before it needs it: `tolaria status` answers at once.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
 from tolaria.cli import logs, policy, runs, status, top, why
@@ -49,14 +49,18 @@ app.command("verify")(verify)
 app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
+# Newer typer brings click along under a name of its own, older ones use the one beside it.
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments; the exit code. Errors are one line on stderr."""
     try:
         result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
-    except click.ClickException as error:
+    except _USAGE as error:
         error.show()
-        return error.exit_code
-    except click.Abort:
+        return int(error.exit_code)
+    except typer.Abort:
         return 130
     except TolariaError as error:
         sys.stderr.write(f"tolaria: {' '.join(str(error).split())}\n")
