@@ -144,7 +144,8 @@ class Acts:
             act = int(told["undoes"])
             return Effect(go_back=self.docket.before(act, told["reason"]))
         if action == TRY and not told["again"]:
-            self._rehearse(told)
+            with parts.step.phases("rehearsal"):
+                self._rehearse(told)
             return None
         return self._own_word(told)
 

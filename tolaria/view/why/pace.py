@@ -30,11 +30,11 @@ PARTS_OF_A_BOUNDARY = {
     "apply": "carrying commands out",
 }
 CATEGORY_ADVICE = {
-    "data_wait": "More loader processes (data.num_workers), or a faster store.",
+    "data wait": "More loader processes (data.num_workers), or a faster store.",
     "validation": "A smaller validation set, or fewer boundaries (train.boundary_steps).",
     "checkpoint": "Fewer saves: a larger checkpoint.every.",
     "compile": "It is once for each structure; kept code (compile.cache) spares it at the next start.",
-    "sync_wait": "Ranks wait for the slowest: `tolaria status {path}` shows each one's own time.",
+    "sync wait": "Ranks wait for the slowest: `tolaria status {path}` shows each one's own time.",
     "boundary": "Fewer boundaries (train.boundary_steps), or a faster policy.",
 }
 
@@ -138,7 +138,7 @@ def data_wait(view: View) -> list[Answer]:
             urgency=Urgency.WORSE,
             since=view.now.step,
             facts=facts,
-            do=CATEGORY_ADVICE["data_wait"],
+            do=CATEGORY_ADVICE["data wait"],
         )
     ]
 
