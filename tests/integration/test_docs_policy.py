@@ -111,18 +111,7 @@ def test_the_service_of_the_page_is_tested_and_steers(folder: Path) -> None:
         try:
             assert "answers at" in server.stdout.readline()
             assert "11 passed, 0 failed, 3 skipped" in run(command("tolaria policy test --endpoint"), folder)
-            served = "python -m tolaria.launch --tamiyo.endpoint"
-            run(
-                command(served),
-                folder,
-                *SHORT[:2],
-                "--train.epochs",
-                "4",
-                "--dist.device",
-                "cpu",
-                "--run.dir",
-                "runs/js",
-            )
+            run(command("python -m tolaria.launch --tamiyo.endpoint"), folder, *SHORT, "--run.dir", "runs/js")
         finally:
             server.terminate()
     assert summary(folder / "runs/js")["commands"][0]["what"].startswith("germinate ")
