@@ -1,34 +1,34 @@
 """The composition root: the only file that knows every class. From a Config to a finished run."""
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from pathlib import Path
 
-import psutil
 import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
 from tolaria.compiled_code import compiled_code
 from tolaria.config import Config
-from tolaria.coordinator.coordinator import Coordinator, RunFacts
+from tolaria.coordinator.coordinator import Coordinator
+from tolaria.coordinator.packet import RunFacts
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World, init_world, lost_peers
-from tolaria.errors import ConfigError, RunDirError, RunHalted, TolariaError, TrainingUnstable
+from tolaria.errors import ConfigError, RunHalted, TolariaError, TrainingUnstable
 from tolaria.finish import HALTED, UNSTABLE, conclude, start_info
 from tolaria.guard import Guard
 from tolaria.hardware import Hardware
-from tolaria.loop import Parts, Trainer
+from tolaria.loop import Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
-from tolaria.options import to_toml
+from tolaria.outfit import make_clock, make_desk, make_metrics, make_ring, make_writer, write_config
+from tolaria.parts import Parts
 from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
-from tolaria.recovery.checkpoint import CheckpointWriter
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.page import Phase
@@ -41,28 +41,33 @@ from tolaria.rundir import RunDir, open_run
 from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState
+from tolaria.status import RunStatus
 from tolaria.step import TrainStep
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo.line import PolicyLine, open_line
 from tolaria.task import Task, load_task
+from tolaria.telemetry.board import Clock
 from tolaria.telemetry.events import EventLog
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
 
 
-def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSummary:
+def train(
+    config: Config, *, task: Callable[..., Task] | None = None, until: int = 0, began: float | None = None
+) -> RunSummary:
     """Train as configured and return the summary, the same that ends up in summary.json.
 
     Every rank calls it: under torchrun in each process, without it in the one process there is. ``task`` replaces
-    ``config.task.factory`` by a function of the calling script. Raises TolariaError; the run directory then tells how
-    far the run came.
+    ``config.task.factory`` by a function of the calling script. ``until``: stop after this step as if asked to, with
+    everything planned as it was; 0: go on to the end. ``began``: since when the time of the run counts, on
+    `time.perf_counter`; None: now. Raises TolariaError; the run directory then tells how far the run came.
     """
+    began = time.perf_counter() if began is None else began
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopFlag())
         world = _join(config, cleanup)
-        progress = Progress(config.log.progress if world.is_coordinator else "off")
+        progress = Progress(config.log.progress if world.is_coordinator else "off", detail=config.log.detail)
         cleanup.callback(progress.close)
         run = cleanup.enter_context(
             open_run(
@@ -72,9 +77,12 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         )  # fmt: skip
         events = EventLog(run.path / "events.jsonl", world.global_rank, run_id=run.run_id)
         cleanup.callback(events.close)
+        clock = make_clock(config, world, run, began, cleanup)
         try:
             with lost_peers():
-                return _run(_assemble(config, task, world, run, events, progress, stop, cleanup), world, run)
+                trainer = _assemble(config, task, world, run, events, progress, stop, clock, cleanup)
+                trainer.until = until
+                return _run(trainer, world, run)
         except TolariaError as error:
             trace = "".join(traceback.format_exception(error))[-8000:]
             events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)
@@ -121,19 +129,20 @@ def _assemble(
     events: EventLog,
     progress: Progress,
     stop: StopFlag,
+    clock: Clock,
     cleanup: ExitStack,
 ) -> Trainer:
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
     code = cleanup.enter_context(compiled_code(config, run.path, run.run_id, world, events))
-    replica = Replica(state, world, config, events, code)
+    replica = Replica(state, world, config, events, code, clock.ledger)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
     facts = facts_of(config, make_task, world)
     _announce(config, state, optim.name, world, run, events, progress)
     page = watch_ranks(config, world, run, events, cleanup)
-    ring = _ring(config, world, run, cleanup)
+    ring = make_ring(config, world, run, cleanup)
     journal = open_journal(config, world, run, facts)
     cleanup.callback(journal.close)
     saved = take_up(config, world, run, journal, state, events, progress, facts)
@@ -147,25 +156,25 @@ def _assemble(
     progress.status("compiling" if replica.compiled else "checking the model")
     page.enter(Phase.COMPILE, state.step)
     replica.warm_up(sample)
-    rollback = Rollback(
-        state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
-        sample=sample,
-    )  # fmt: skip
-    guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
+    branch = saved.branch if saved is not None else 0
+    guard, comeback = _keepers(config, state, replica, world, run, events, ring, journal, sample, branch)
+    metrics = make_metrics(world, run, cleanup)
+    alarm = Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
+                  signals=coordinator.signals)  # fmt: skip
     profiler = cleanup.enter_context(closing(make_profiler(config.profile, events, run.path, world)))
+    phases = clock.ledger.beside(profiler.phases)
     trainer = Trainer(
         Parts(
-            config=config, world=world,
-            task=task, state=state, loader=loader,
-            step=TrainStep(state, replica, events, debug=config.train.debug, phases=profiler.phases),
+            config=config, world=world, task=task, state=state, loader=loader,
+            step=TrainStep(state, replica, events, debug=config.train.debug, phases=phases),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
-                        writer=_writer(config, world, run, journal, cleanup)),
-            alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
-                        signals=coordinator.signals),
-            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress,
-            profiler=profiler, stop=stop, facts=facts,
+                        writer=make_writer(config, world, run, journal, cleanup)),
+            status=RunStatus(config, world, state, clock, coordinator=coordinator, journal=journal, alarm=alarm,
+                             record=record, metrics=metrics, progress=progress),
+            alarm=alarm, record=record, events=events, metrics=metrics, progress=progress,
+            profiler=profiler, stop=stop, facts=facts, desk=make_desk(state, world, run, journal, cleanup),
         )
     )  # fmt: skip
     if saved is not None:
@@ -179,21 +188,33 @@ def _announce(
 ) -> None:
     """What is about to run: to the person, to the run directory, to the events."""
     if world.is_coordinator:
-        _write_config(config, run)
+        write_config(config, run)
         progress.start(start_info(config, state, world, run))
     events.emit("run_started", world_size=world.world_size, device=str(world.device), restarted=run.restarted,
                 parameters=state.parameter_count, versions=versions(), optimizer=optimizer)  # fmt: skip
 
 
 def _keepers(
-    config: Config, state: TrainState, replica: Replica, world: World, events: EventLog, rollback: Rollback, branch: int
+    config: Config,
+    state: TrainState,
+    replica: Replica,
+    world: World,
+    run: RunDir,
+    events: EventLog,
+    ring: SnapshotRing,
+    journal: Journal,
+    sample: Callable[[int], Batch],
+    branch: int,
 ) -> tuple[Guard, Comeback]:
     """Who says that the run is not to go on from where it is, and who brings it back."""
-    ring, journal = rollback.ring, rollback.journal
+    rollback = Rollback(
+        state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
+        sample=sample,
+    )  # fmt: skip
     guard = Guard(
         config.recovery, state, world, events, ring=ring, journal=journal,
         sentinel=Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20),
-        synchronise=replica.synchronise_buffers,
+        synchronise=replica.synchronise_buffers, phases=replica.ledger.phases,
     )  # fmt: skip
     comeback = Comeback(
         config.recovery, state, world, events, guard=guard, rollback=rollback, ring=ring, journal=journal, branch=branch
@@ -253,40 +274,3 @@ def _coordinator(
     )  # fmt: skip
     coordinator.shadow = line.shadow
     return coordinator
-
-
-def _ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:
-    recovery = config.recovery
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limit = recovery.snapshot_memory_mb * 2**20 or psutil.virtual_memory().available // 2 // local_ranks
-    ring = SnapshotRing(
-        run_id=run.run_id, generation=world.generation, rank=world.global_rank, run_dir=run.path,
-        slots=recovery.snapshots, limit_bytes=limit, directory=Path(recovery.snapshot_dir),
-        pinned=world.device.type == "cuda",
-    )  # fmt: skip
-    cleanup.callback(ring.close, remove=False)
-    return ring
-
-
-def _writer(config: Config, world: World, run: RunDir, journal: Journal, cleanup: ExitStack) -> CheckpointWriter:
-    writer = CheckpointWriter(
-        run.checkpoints, run_id=run.run_id, generation=world.generation, peers=world.background, fs=FileOps(),
-        keep=config.checkpoint.keep, check_owner=run.check_owner, wal=journal.wal, retention=journal.retention,
-    )  # fmt: skip
-    cleanup.callback(writer.close)
-    return writer
-
-
-def _metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None:
-    if not world.is_coordinator:
-        return None
-    metrics = MetricsLog(run.path / "metrics.jsonl")
-    cleanup.callback(metrics.close)
-    return metrics
-
-
-def _write_config(config: Config, run: RunDir) -> None:
-    try:
-        FileOps().replace_file(run.path / "config.toml", to_toml(config).encode())
-    except OSError as error:
-        raise RunDirError(f"{run.path / 'config.toml'}: cannot be written ({error.strerror})") from error

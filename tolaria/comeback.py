@@ -17,14 +17,15 @@ from tolaria.data import Window
 from tolaria.dist import World
 from tolaria.errors import CheckpointError, TrainingUnstable
 from tolaria.guard import CONSERVATIVE, Guard
-from tolaria.recovery.autopilot import Attempt, Incident, plan_attempt, same_place
+from tolaria.mode import Hand, Mode
+from tolaria.recovery.autopilot import ASKED_FOR, Attempt, Incident, plan_attempt, same_place
 from tolaria.recovery.checkpoint import Accept, Payload
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.leftovers import sweep
 from tolaria.recovery.snapshots import SnapshotInfo, SnapshotRing
 from tolaria.recovery.timeline import Return, made, on_timeline
 from tolaria.rollback import MakeReturn, Restored, Rollback
-from tolaria.state import Mode, TrainState
+from tolaria.state import HAND, TrainState
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.summary import IncidentRecord
 
@@ -77,9 +78,9 @@ class Comeback:
 
         Raises TrainingUnstable when it came to this too often, CheckpointError when there is nothing to go back to.
         """
-        earlier = [r.from_step for r in made(self.journal.returns) if r.cause != "command"]
-        attempt = plan_attempt(incident, earlier, self.config)
-        if attempt.stop and incident.cause != "command":
+        earlier = [r.from_step for r in made(self.journal.returns) if r.cause not in ASKED_FOR]
+        attempt = Attempt() if incident.cause in ASKED_FOR else plan_attempt(incident, earlier, self.config)
+        if attempt.stop:
             self._give_up(incident, attempt.stop)
         if incident.windows:
             incident = self.guard.widened(incident, same_place(incident, earlier, self.config))
@@ -90,8 +91,8 @@ class Comeback:
         restored = self._restore(incident, attempt)
         if restored is not None:
             return self._resume(incident, restored)
-        if incident.cause == "command":
-            self.events.emit("return_failed", "error", reason="the checkpoint asked for is damaged")
+        if incident.cause in ASKED_FOR:
+            self.events.emit("return_failed", "error", reason="the state asked for is damaged or gone")
             return None
         raise CheckpointError(f"{incident.reason}; there is no snapshot and no checkpoint to go back to")
 
@@ -107,7 +108,7 @@ class Comeback:
         make_return = self._maker(incident, attempt)
         if incident.checkpoint is not None:
             return self.rollback.durable(self._accepts(incident), make_return)
-        if incident.level >= CONSERVATIVE or incident.cause == "drift":
+        if incident.level >= CONSERVATIVE or incident.cause in ("drift", "undo"):
             found = self.rollback.fast(self._pick(incident, attempt.older), make_return)
             return found or self.rollback.durable(self._accepts(incident), make_return)
         found = self.rollback.durable(self._accepts(incident), make_return)
@@ -119,12 +120,13 @@ class Comeback:
         spike = incident.cause in ("loss_spike", "non_finite")
         before_it = self.journal.branch
 
-        def make_return(step: int, boundary: int) -> Return:
+        def make_return(step: int, meta: Mapping[str, Any]) -> Return:
             return Return(
                 branch=self.journal.branch + 1,
                 # The fast way has written its return down, and then it failed.
                 instead_of=self.journal.branch if self.journal.branch > before_it else 0,
-                to_step=step, to_boundary=boundary, from_step=incident.step,
+                to_step=step, to_boundary=int(meta["boundary"]), from_step=incident.step,
+                to_acts=Hand(**meta.get(HAND, {})).acts,
                 at_boundary=self.state.boundary, level=incident.level, cause=incident.cause, reason=incident.reason,
                 skip=skip, conservative=incident.level >= CONSERVATIVE or attempt.held, held=attempt.held,
                 rewarm=self.config.rewarm_steps if spike else 0,
@@ -186,8 +188,10 @@ class Comeback:
 
     def _pick(self, incident: Incident, older: int) -> SnapshotInfo | None:
         """The newest snapshot from before the trouble, or one ``older`` steps back in the ring."""
-        returns = self.journal.returns
+        returns, limit = self.journal.returns, incident.before_act
         sound = [i for i in self.ring.held() if i.step < incident.first and on_timeline(returns, i.branch, i.step)]
+        if limit is not None:
+            sound = [i for i in sound if Hand(**self.ring.get(i.seq).meta.get(HAND, {})).acts < limit]
         return sound[max(0, len(sound) - 1 - older)] if sound else None
 
     def _accepts(self, incident: Incident) -> Accept:
@@ -199,6 +203,10 @@ class Comeback:
         if best is not None:
             return lambda seq, step, branch: seq in ladder.rungs and ladder.rungs[seq].good
         return lambda seq, step, branch: self.journal.accepts(seq, step, branch) and step < incident.first
+
+    def reaches(self, incident: Incident) -> bool:
+        """Whether there is a snapshot from before it. Local, equal on all ranks."""
+        return self._pick(incident, 0) is not None
 
     @property
     def incidents(self) -> list[IncidentRecord]:

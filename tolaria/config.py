@@ -194,10 +194,14 @@ class LogConfig:
 
     interval_steps: int = doc(10, "optimizer steps between lines in metrics.jsonl")
     progress: Literal["auto", "plain", "off"] = doc("auto", "progress on the terminal")
+    detail: Literal["quiet", "normal", "verbose"] = doc("normal", "quiet: start, problems, end; verbose: times as well")
+    status_s: float = doc(1.0, "seconds between two writings of status.json, at least 0.1; 0: none is written")
     straggler_ratio: float = doc(3.0, "a rank's own time of so many times the others' is told; 0: not")
 
     def __post_init__(self) -> None:
         require_range(self, "log", ONE_OR_MORE, "interval_steps")
+        status_s = self.status_s
+        require(status_s == 0 or 0.1 <= status_s <= 3600, "log.status_s", status_s, "0, or 0.1 to 3600")
         ratio = self.straggler_ratio
         require(ratio == 0 or ratio > 1, "log.straggler_ratio", ratio, "0 or more than 1")
 

@@ -26,6 +26,7 @@ class TamiyoConfig:
     probe_deadline_ms: int = doc(500, "milliseconds of a probe")
     breaker_successes: int = doc(2, "answered probes in a row that close the breaker")
     healthy_boundaries: int = doc(2, "good boundaries in a row that end conservative mode")
+    may_pause: bool = doc(True, "a policy's PAUSE is obeyed; the run then waits for an operator's resume")
     observation_boundaries: int = doc(2, "boundaries after which a command's effect is judged")
     record: bool = doc(True, "keep every question and answer, signed as it was, in <run>/policy_frames.bin")
     record_mb: float = doc(64.0, "MiB of them that are kept, the newest")

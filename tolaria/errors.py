@@ -51,6 +51,12 @@ class RunLocked(RunDirError):
     exit_code = 75
 
 
+class RunUnreachable(TolariaError):
+    """A live run was to be reached and was not."""
+
+    exit_code = 75
+
+
 class CommandRefused(TolariaError):
     """A command is not legal now. ``code`` is stable; the message is for people."""
 

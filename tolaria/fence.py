@@ -31,10 +31,12 @@ _LEVELS = _SIGNALS + len(STOP_SIGNALS)
 _LR_CHANGED = _LEVELS + MAX_LEVEL
 _COST_S = _LR_CHANGED + 1
 _STEP_S = _COST_S + 1
+_ASKED = _STEP_S + 1
 _LOSSES = 16
 WIDTH = _LOSSES + MAX_STEPS
 _NO_LOSS = 1
 _LR_FLAG = 2
+_ASKED_FLAG = 4
 _LEVEL_SHIFT, _SIGNAL_SHIFT = 8, 16
 _LOOK_S = 20e-6
 
@@ -45,12 +47,14 @@ class Verdict(NamedTuple):
     stop_signal: the signal that asked to stop, 0 for none. level: the highest emergency that any rank knows of, 0 for
     none. losses: of the oldest steps that no fence has told yet, each the mean over all its samples; NaN when it was
     not finite on any rank. lr_changed: whether some rank found a learning rate that somebody else had written.
+    asked: whether an operator's order waits on any rank.
     """
 
     stop_signal: int = 0
     level: int = 0
     losses: tuple[float, ...] = ()
     lr_changed: bool = False
+    asked: bool = False
 
 
 class Fence(Protocol):
@@ -59,7 +63,7 @@ class Fence(Protocol):
     def due(self, *, last: bool) -> bool:
         """Whether the coming step has a fence. ``last``: something follows it that has to know. Equal on all ranks."""
 
-    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool) -> None:
+    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool, asked: bool) -> None:
         """Tell what this rank knows. ``losses``: of its parts of the steps that no fence has told yet, oldest first, at
         most MAX_STEPS; their number is the same on all ranks. Collective, does not wait."""
 
@@ -91,9 +95,9 @@ class SharedFence:
         """Always: it costs nothing that would be worth saving."""
         return True
 
-    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool) -> None:
+    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool, asked: bool) -> None:
         """As `Fence.open`; one loss at a turn, and the others wait for the next."""
-        flags = (0 if losses else _NO_LOSS) | (_LR_FLAG if lr_changed else 0)
+        flags = (0 if losses else _NO_LOSS) | (_LR_FLAG if lr_changed else 0) | (_ASKED_FLAG if asked else 0)
         flags |= min(level, MAX_LEVEL) << _LEVEL_SHIFT | stop_signal << _SIGNAL_SHIFT
         self._turn += 1
         self._open = True
@@ -116,7 +120,8 @@ class SharedFence:
                 loss += part
             loss /= self._ranks
         losses = () if flags & _NO_LOSS else (loss if math.isfinite(loss) else math.nan,)
-        return Verdict(flags >> _SIGNAL_SHIFT, flags >> _LEVEL_SHIFT & 0xFF, losses, bool(flags & _LR_FLAG))
+        level, stop = flags >> _LEVEL_SHIFT & 0xFF, flags >> _SIGNAL_SHIFT
+        return Verdict(stop, level, losses, bool(flags & _LR_FLAG), bool(flags & _ASKED_FLAG))
 
     def _wait(self) -> list[tuple[int, float]]:
         end = time.monotonic() + self._timeout_s
@@ -162,10 +167,11 @@ class CollectiveFence:
         self._left = 0
         self._steps_s.clear()
 
-    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool) -> None:
+    def open(self, *, stop_signal: int, level: int, losses: Sequence[float], lr_changed: bool, asked: bool) -> None:
         """As `Fence.open`."""
         told = [0.0] * WIDTH
         told[_LR_CHANGED] = float(lr_changed)
+        told[_ASKED] = float(asked)
         told[_COST_S] = self.cost_s
         told[_STEP_S] = sum(self._steps_s) / len(self._steps_s) if self._steps_s else 0.0
         told[_LOSSES : _LOSSES + len(losses)] = losses
@@ -197,6 +203,7 @@ class CollectiveFence:
             level=max((level for level in range(1, MAX_LEVEL + 1) if told[_LEVELS + level - 1]), default=0),
             losses=tuple(loss if math.isfinite(loss) else math.nan for loss in losses),
             lr_changed=bool(told[_LR_CHANGED]),
+            asked=bool(told[_ASKED]),
         )
 
     def _steps_apart(self, cost_s: float, step_s: float) -> int:

@@ -5,6 +5,7 @@ Signals, emergencies and losses reach all ranks by it, see `tolaria/fence.py`.
 
 import signal
 import time
+from collections.abc import Callable
 from statistics import median
 
 from tolaria.alarm import Alarm
@@ -26,13 +27,15 @@ class ControlLane:
     """One per rank, used by the loop. Every rank calls every method at the same step."""
 
     def __init__(
-        self, config: Config, state: TrainState, world: World, guard: Guard, alarm: Alarm, stop: StopFlag
+        self, config: Config, state: TrainState, world: World, guard: Guard, alarm: Alarm, stop: StopFlag,
+        asked: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.config = config
         self.state = state
         self.guard = guard
         self.alarm = alarm
         self.stop = stop
+        self._asked = asked
         self._level = 0
         self._polled = 0.0
         self.fence = self._fence(world)
@@ -82,7 +85,7 @@ class ControlLane:
             self._level = self.alarm.level()
         fence.open(
             stop_signal=self._signal(), level=self._level, losses=self.guard.losses,
-            lr_changed=self.state.lr.take_found() > 0,
+            lr_changed=self.state.lr.take_found() > 0, asked=self._asked(),
         )  # fmt: skip
 
     def _look_follows(self, window: Window) -> bool:

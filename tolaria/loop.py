@@ -10,86 +10,56 @@ for every epoch
                         -> checkpoint due? -> telemetry                 tolaria/saving.py
         sound?          spike, NaN, drift, collapse, emergency          tolaria/guard.py
                         -> snapshot due?      or back to an earlier one tolaria/comeback.py
+        asked?          what an operator ordered, on all ranks          tolaria/acts.py
         stop asked?     one agreed checkpoint, then leave
 one last boundary, one last checkpoint, digests of all ranks compared
 """
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from tolaria.alarm import HALT, Alarm
-from tolaria.comeback import Comeback
-from tolaria.config import Config
-from tolaria.coordinator.coordinator import Coordinator
-from tolaria.data import Loader, Window
-from tolaria.dist import World
+from tolaria.acts import Acts
+from tolaria.alarm import HALT
+from tolaria.data import Window
 from tolaria.fence import Verdict
-from tolaria.guard import Guard
 from tolaria.lane import ControlLane
-from tolaria.measure import TRAIN_METERS, Evaluator
+from tolaria.measure import TRAIN_METERS
 from tolaria.objective import Batch
-from tolaria.process import StopFlag
-from tolaria.profiling import Unprofiled
-from tolaria.record import RunRecord
+from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.page import Phase
-from tolaria.saving import Saver
-from tolaria.state import HOST_GROUP, TrainState
-from tolaria.step import StepResult, TrainStep
+from tolaria.step import StepResult
 from tolaria.streams import rng_tensors
-from tolaria.task import Task
-from tolaria.telemetry.events import EventLog
-from tolaria.telemetry.meters import Meters, Rate
-from tolaria.telemetry.metrics import MetricsLog
+from tolaria.telemetry.meters import Meters
 from tolaria.telemetry.pace import Pace
-from tolaria.telemetry.progress import Progress, StepInfo
 from tolaria.telemetry.split import Split
 
 FINISHED = "finished"
 STOPPED = "stopped"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything the loop works with, built in `tolaria/build.py`."""
-
-    config: Config
-    world: World
-    task: Task
-    state: TrainState
-    loader: Loader
-    step: TrainStep
-    evaluator: Evaluator
-    coordinator: Coordinator
-    guard: Guard
-    comeback: Comeback
-    saver: Saver
-    alarm: Alarm
-    record: RunRecord
-    events: EventLog
-    metrics: MetricsLog | None
-    progress: Progress
-    profiler: Unprofiled
-    stop: StopFlag
-    facts: Mapping[str, Any]
-
-
 class Trainer:
-    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective."""
+    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective.
+
+    ``until``: the step after which it stops as if asked to, without a change of what was planned; 0: none.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.until = 0
         self.state = parts.state
-        self.lane = ControlLane(parts.config, parts.state, parts.world, parts.guard, parts.alarm, parts.stop)
+        self.acts = Acts(parts, self._payload)
+        self.lane = ControlLane(
+            parts.config, parts.state, parts.world, parts.guard, parts.alarm, parts.stop,
+            asked=lambda: self.acts.docket.waiting,
+        )  # fmt: skip
         self.meters = Meters(TRAIN_METERS)
-        self._samples = Rate()
         self._pace = Pace()
-        self._asked = 0.0
+        self._asked = self._fetched = 0.0
         self._last_boundary_step = parts.state.step
 
     def run(self) -> str:
@@ -99,8 +69,7 @@ class Trainer:
         TrainingUnstable, RunHalted.
         """
         parts, state, guard, phases = self.parts, self.state, self.parts.guard, self.parts.step.phases
-        outcome = FINISHED
-        self._begin()
+        outcome = self._begin()
         while outcome == FINISHED and not self._done():
             for window, group in self._groups():
                 # ------------------------------------------------------------------------------------------
@@ -120,27 +89,32 @@ class Trainer:
                     self._go_back(incident)
                     break
                 if result.verdict is not None and result.verdict.stop_signal:
-                    outcome = STOPPED
-                    self._stop_asked(result.verdict.stop_signal)
+                    outcome = self._stop_asked(result.verdict.stop_signal)
                     break
-                if self._take_effects() or epoch_ended or self._done():
+                moved, outcome = self._act(asked=result.verdict is not None and result.verdict.asked)
+                if moved or outcome != FINISHED or self._take_effects() or epoch_ended or self._done():
                     break
+        if self._reached:
+            outcome = STOPPED
         if outcome == FINISHED and self._last_boundary_step != state.step:
             self._boundary()
         parts.saver.save_last(self._payload)
         return outcome
 
-    def _begin(self) -> None:
+    def _begin(self) -> str:
         """The first snapshot, so that there is always one to go back to, and what the log has for this step."""
         if self.parts.config.recovery.snapshot_steps:
             self.parts.guard.snapshot(self._payload())
             self.parts.comeback.forget_earlier_starts()
         self._take_effects()
+        self.parts.status.begin()
+        return self._act(asked=False)[1]
 
     def _close_fence(self) -> Verdict | None:
         verdict = self.lane.close()
         if verdict is not None and verdict.level == HALT:
-            self.parts.alarm.freeze(self._save_newest_snapshot)
+            with self.parts.step.phases("paused"):
+                self.parts.alarm.freeze(self._save_newest_snapshot)
             self.lane.restart()
         return verdict
 
@@ -151,6 +125,22 @@ class Trainer:
         if payload is not None and payload.step > self.parts.record.checkpoint_step:
             self.parts.saver.save_now(payload)
 
+    def _act(self, *, asked: bool) -> tuple[bool, str]:
+        """Carry out what an operator ordered. Whether the run is at another step by it, and the outcome so far."""
+        moved = False
+        while (effect := self.acts.make(asked=asked)) is not None:
+            self.lane.restart()
+            if effect.stop or effect.stop_signal:
+                return moved, self._stop_asked(effect.stop_signal or signal.SIGTERM, by_order=effect.stop)
+            if effect.halt:
+                with self.parts.step.phases("paused"):
+                    self.parts.alarm.freeze(self._save_newest_snapshot)
+            if effect.go_back is not None:
+                self._go_back(effect.go_back)
+                self.acts.settled()
+                moved = True
+        return moved, FINISHED
+
     # Going back
 
     def _go_back(self, incident: Incident | None) -> None:
@@ -158,8 +148,10 @@ class Trainer:
         parts = self.parts
         while incident is not None:
             parts.alarm.page.enter(Phase.RESTORE, self.state.step)
-            parts.saver.finish()
-            if (came := parts.comeback.go_back(incident)) is None:
+            with parts.step.phases("rollback"):
+                parts.saver.finish()
+                came = parts.comeback.go_back(incident)
+            if came is None:
                 return
             self.lane.restart()
             saved = came.local_meta if came.local_meta is not None else came.first_meta
@@ -169,9 +161,11 @@ class Trainer:
             self._last_boundary_step = int(saved["last_boundary_step"])
             parts.coordinator.went_back(saved["coordinator"], came.text)
             parts.record.went_back(saved["record"], came.text)
+            self.acts.docket.load_state_dict(saved.get("acts", {}))
             if incident.cause == "emergency":
                 parts.alarm.answered(incident.level)
             parts.events.step = self.state.step
+            parts.status.went_back()
             incident = self._boundary() if came.epoch_ended and self._boundary_due(True) else None
 
     def _take_effects(self) -> bool:
@@ -190,44 +184,36 @@ class Trainer:
             self.parts.profiler.step(self.state.step)
             with self.parts.step.phases("data"):
                 group = list(islice(batches, sampler.accumulation))
+            self._fetched = time.perf_counter()
             if not group:
                 return
             yield window, group
 
     def _done(self) -> bool:
-        config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
+        config, step = self.parts.config.train, self.state.step
+        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= step or self._reached
 
-    def _stop_asked(self, number: int) -> None:
-        name = signal.Signals(number).name
+    @property
+    def _reached(self) -> bool:
+        return 0 < self.until <= self.state.step
+
+    def _stop_asked(self, number: int, *, by_order: bool = False) -> str:
+        name = "order" if by_order else signal.Signals(number).name
         self.parts.events.emit("stop_requested", signal=name)
         self.parts.progress.note(f"{name}: saving a last checkpoint", label="stop")
+        return STOPPED
 
     # Telemetry of steps
 
     def _count(self, result: StepResult) -> None:
         parts, state = self.parts, self.state
         parts.events.step = state.step
-        self._samples.add(state.sampler.group_size)
         seconds = time.perf_counter() - self._asked
-        self._pace.add(result.alone_until - self._asked, seconds)
+        self._pace.add(result.alone_until - self._asked, seconds, self._fetched - self._asked)
         self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
-        if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
-            # The loss is this rank's part: the mean over ranks is in the boundary's event.
-            alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
-        if parts.progress.step_due():
-            sampler = state.sampler
-            parts.progress.step(
-                StepInfo(
-                    epoch=sampler.epoch + 1, epochs=parts.config.train.epochs,
-                    epoch_step=sampler.cursor // sampler.group_size, epoch_steps=sampler.steps_per_epoch,
-                    loss=result.loss, lr=state.lr.lr_at(HOST_GROUP, state.step), rate=self._samples.read(),
-                )
-            )  # fmt: skip
+        parts.status.stepped(result)
 
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps
@@ -245,7 +231,8 @@ class Trainer:
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         parts.guard.begin_boundary()
         split.lap("guard")
-        report = parts.evaluator.measure(self.meters, *self._pace.take())
+        waited_s = parts.status.ledger.own("sync wait")
+        report = parts.evaluator.measure(self.meters, self._pace.take(waited_s))
         split.lap("report")
         if (incident := parts.guard.boundary(report)) is not None:
             return incident
@@ -253,6 +240,7 @@ class Trainer:
         applied = parts.coordinator.exchange(report)
         parts.saver.collect()
         parts.record.boundary(report, applied, split)
+        parts.status.boundary(report)
         if applied.structure_changed:
             parts.guard.structure_changed()
         if applied.go_back is not None:
@@ -280,6 +268,7 @@ class Trainer:
             "coordinator": self.parts.coordinator.state_dict(),
             "record": self.parts.record.state_dict(),
             "guard": self.parts.guard.state_dict(),
+            "acts": self.acts.docket.state_dict(),
             "facts": self.parts.facts,
         }
 
@@ -297,3 +286,4 @@ class Trainer:
         self.parts.coordinator.load_state_dict(saved["coordinator"])
         self.parts.record.load_state_dict(saved["record"])
         self.parts.guard.load_state_dict(saved["guard"], whole=own is not None)
+        self.acts.docket.load_state_dict(saved.get("acts", {}))

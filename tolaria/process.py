@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,14 @@ def start_time(pid: int) -> int:
     return int(fields[_STARTTIME_FIELD - 3])
 
 
+def since_start_s() -> float:
+    """Seconds since this process was started, to a hundredth; 0 where this is unknown."""
+    ticks = start_time(os.getpid())
+    if not ticks:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
 def agent_id() -> str | None:
     """The torchrun agent that started this process, as one word; None without torchrun.
 
@@ -120,6 +129,11 @@ class StopFlag:
     def signal_name(self) -> str | None:
         """Name of the first signal that came."""
         return None if self._received is None else self._received.name
+
+    @property
+    def number(self) -> int:
+        """Number of the first signal that came, 0 for none."""
+        return 0 if self._received is None else int(self._received)
 
     def install(self) -> Self:
         """Take the signals over. Raises RuntimeError outside the main thread or when installed already."""

@@ -26,7 +26,7 @@ from tolaria.recovery.checkpoint import Loaded, accept_all, load_newest, load_pa
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.leftovers import Found, find, read
-from tolaria.recovery.timeline import Return, Timeline, on_timeline
+from tolaria.recovery.timeline import LoggedAct, Return, Timeline, on_timeline
 from tolaria.recovery.wal import Wal
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
@@ -63,7 +63,8 @@ def open_journal(config: Config, world: World, run: RunDir, facts: Mapping[str, 
         told = json.loads(world.peers.broadcast(None))
         if "error" in told:
             raise (RunLocked if told["locked"] else WalError)(told["error"])
-        timeline = Timeline(returns=[Return.from_json(body) for body in told["returns"]])
+        acts = {n: LoggedAct(number=n, step=step) for n, step in told["acts"]}
+        timeline = Timeline(returns=[Return.from_json(body) for body in told["returns"]], acts=acts)
         return Journal(timeline, wal=None, good_after=good_after)
     try:
         wal, records = Wal.open(
@@ -75,7 +76,8 @@ def open_journal(config: Config, world: World, run: RunDir, facts: Mapping[str, 
         told = {"error": str(error), "locked": isinstance(error, RunLocked)}
         world.peers.broadcast(json.dumps(told).encode())
         raise
-    world.peers.broadcast(json.dumps({"returns": [r.to_json() for r in timeline.returns]}).encode())
+    numbers = [[act.number, act.step] for act in timeline.acts.values()]
+    world.peers.broadcast(json.dumps({"returns": [r.to_json() for r in timeline.returns], "acts": numbers}).encode())
     return Journal(timeline, wal=wal, good_after=good_after)
 
 

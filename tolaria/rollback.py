@@ -31,8 +31,8 @@ from tolaria.state import TrainState
 from tolaria.streams import load_rng_tensors
 from tolaria.telemetry.events import EventLog
 
-MakeReturn = Callable[[int, int], Return]
-"""From the step and the boundary of the state that is gone back to."""
+MakeReturn = Callable[[int, Mapping[str, Any]], Return]
+"""From the step and the meta of the state that is gone back to."""
 
 
 class _DeadlineMissed(Exception):
@@ -93,7 +93,7 @@ class Rollback:
         rows = self.world.peers.gather(held)
         if snapshot is None or target is None or any(row != rows[0] for row in rows):
             return None
-        taken = make_return(target.step, int(snapshot.meta["boundary"]))
+        taken = make_return(target.step, snapshot.meta)
         self._log(taken)
         failure = clock.over("prepare", self.config.prepare_ms)
         if not failure:
@@ -108,7 +108,7 @@ class Rollback:
             self._tell_failed("confirm", "the restored state is not the snapshot's")
             return None
         self.replica.warm_up(self._sample)
-        self.ring.drop_after(target.step)
+        self.ring.drop_after(target.step, target.seq)
         return Restored(
             taken=taken, source=f"snapshot of step {target.step}", branch=target.branch, milliseconds=spent,
             local_meta=snapshot.local_meta, first_meta=snapshot.local_meta,
@@ -141,7 +141,7 @@ class Rollback:
         )  # fmt: skip
         if loaded is None:
             return None
-        taken = make_return(loaded.step, int(loaded.meta["boundary"]))
+        taken = make_return(loaded.step, loaded.meta)
         self._log(taken)
         read = time.perf_counter()
         self._swap_in(loaded.tensors, loaded.meta, loaded.local_tensors)

@@ -73,10 +73,22 @@ class Saver:
         if failed is not None:
             raise CheckpointError(f"the last checkpoint was not written: {failed}")
 
+    def save_asked(self, payload: Callable[[], Payload]) -> str | None:
+        """Write a checkpoint now; blocks until it is committed. Why it could not be written, None if it was."""
+        self.page.enter(Phase.SAVE, self.state.step)
+        self.finish()
+        if self.record.checkpoint_step == self.state.step:
+            return None
+        self.replica.synchronise_buffers()
+        self._save(payload())
+        return self.finish()
+
     def finish(self) -> str | None:
         """Wait for the save in flight; its error, None when it was committed or there was none."""
         limit_s = self.config.dist.timeout_s
-        if not self.writer.wait(limit_s):
+        with self.replica.ledger.phases("checkpoint"):
+            over = self.writer.wait(limit_s)
+        if not over:
             raise CheckpointError(f"a checkpoint was still being written after {limit_s:g} s (dist.timeout_s)")
         return self.collect()
 
@@ -92,4 +104,5 @@ class Saver:
 
     def _save(self, payload: Payload) -> None:
         self._branch = payload.branch
-        self.writer.save(payload)
+        with self.replica.ledger.phases("checkpoint"):
+            self.writer.save(payload)

@@ -21,6 +21,7 @@ from tolaria.config import OptimConfig
 from tolaria.data import EpochSampler
 from tolaria.kasmina.host import Kasmina
 from tolaria.leyline.types import CLIP_NORM, SeedStage
+from tolaria.mode import Hand, Mode
 from tolaria.objective import Objective
 from tolaria.optim.lr import LRController
 from tolaria.optim.persist import (
@@ -39,23 +40,9 @@ from tolaria.optim.surgery import change_class, saved_settings, settings_meta
 from tolaria.optim.tuning import Tuner
 
 HOST_GROUP = "host"
+HAND = "hand"
 Copy: TypeAlias = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
 """Overwrites live tensors (second) by those of the same names (first)."""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """Normal or conservative, with the reason. ``held``: by command, so only a command ends it."""
-
-    conservative: bool = False
-    reason: str = ""
-    healthy: int = 0
-    held: bool = False
-
-    @property
-    def name(self) -> str:
-        """ "normal" or "conservative"."""
-        return "conservative" if self.conservative else "normal"
 
 
 @dataclass(frozen=True)
@@ -103,6 +90,7 @@ class TrainState:
         self.scaler = scaler
         self.sampler = sampler
         self.mode = Mode()
+        self.hand = Hand()
         self.step = 0
         self.boundary = 0
         self.skipped_steps = 0
@@ -226,18 +214,19 @@ class TrainState:
             "optimizer": settings_meta(self._configured, self.optim) | {"scalars": state_scalars(self.optimizer)},
             "scaler": dict(self.scaler.state_dict()),
             "mode": asdict(self.mode),
+            HAND: asdict(self.hand),
         }
 
     def digest(self) -> bytes:
         """sha256 over names, types, shapes and bytes of all replicated state. Reads every tensor once."""
-        return digest_of(self.tensors(), self.meta())
+        return digest_of(self.tensors(), without_hand(self.meta()))
 
     def structure_digest(self) -> bytes:
         """Digest of what a command can change: structure, new weights, groups, LR, mode; without the host's weights."""
         shapes = [[n, str(t.dtype), list(t.shape)] for n, t in sorted(self.tensors().items())]
         # Hashed where they are: it compares ranks, and sha256 would take the seeds to the host one by one.
         seeds = tensor_hashes({n: t for n, t in self.tensors().items() if n.startswith("seed/")})
-        meta = self.meta()
+        meta = without_hand(self.meta())
         # Earlier changes were compared when they came; a thousand of them as text take 1 ms.
         del meta["lr"]["history"][:-64]
         return digest_of({}, {**meta, "shapes": shapes, "seeds": seeds})
@@ -264,7 +253,7 @@ class TrainState:
         own, saved = without_state(self.tensors()), without_state(tensors)
         check_same(own, saved)
         self.sampler.load_state_dict(meta["sampler"])
-        self.mode = Mode(**meta["mode"])
+        self.mode, self.hand = Mode(**meta["mode"]), Hand(**meta.get(HAND, {}))
         self.lr.load_state_dict(meta["lr"])
         self.tuner.load_state_dict(meta["tuner"])
         self.scaler.load_state_dict(dict(meta["scaler"]))
@@ -291,6 +280,11 @@ class TrainState:
         wanted |= set(map(id, self.host_parameters.values()))
         for parameter in [p for p in self.optimizer.state if id(p) not in wanted]:
             del self.optimizer.state[parameter]
+
+
+def without_hand(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta of a state as its digest takes it: without what an operator did but training does not know."""
+    return {key: value for key, value in meta.items() if key != HAND}
 
 
 def named_buffers_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,10 @@
-"""Every command that README.md tells a person to type is one that a test runs."""
+"""Every command that README.md and docs/ tell a person to type is one that a test runs."""
 
 import re
 
 from tests.architecture.source import ROOT
 
-# Command as in a ```sh block of README.md -> (the test that runs it, text by which the test's source shows it).
+# Command as in a ```sh block of these pages -> (the test that runs it, text by which the test's source shows it).
 EXAMPLES = "tests/integration/test_readme_examples.py"
 OPERATOR = "tests/faults/test_operator.py"
 DIGITS = "-m tolaria.launch --config launch/configs/digits.toml"
@@ -12,6 +12,8 @@ SPIKE = "-m tolaria.launch --config launch/configs/spike.toml"
 MINE = "python -m tolaria.launch --task my_model:make_task"
 SERVICE = "--tamiyo.endpoint ipc:///tmp/policy.sock --tamiyo.key_file keys/shared.key"
 SERVE = "-m tolaria.tamiyo.server --policy my_policy:OneSeed --bind ipc:///tmp/policy.sock --key-file keys/shared.key"
+TASK_PAGE = "tests/integration/test_docs_task.py"
+TUMOURS = "-m tolaria.launch --task tumours:make_task"
 TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make demo": ("tests/integration/test_demo.py", '"demo"'),
     f"torchrun --nproc_per_node=2 {SPIKE}": ("tests/integration/test_spike.py", "launch/configs/spike.toml"),
@@ -29,22 +31,24 @@ TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "python -m tolaria.emergency RUN status": (OPERATOR, 'COMMANDS["status"]'),
     "python -m tolaria.emergency RUN clear": (OPERATOR, 'COMMANDS["clear"]'),
     "make faults": ("Makefile", "--faults"),
+    f"python {TUMOURS} --task.args.width 8 --train.epochs 20 --debug": (TASK_PAGE, f'"python {TUMOURS}'),
+    f"torchrun --nproc_per_node=2 {TUMOURS} --train.epochs 20": (TASK_PAGE, f'"torchrun --nproc_per_node=2 {TUMOURS}'),
     f"{MINE} {SERVICE}": (EXAMPLES, "--tamiyo.endpoint ipc:///tmp/policy.sock"),
 }
 
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def readme_commands() -> set[str]:
+def commands_to_type() -> set[str]:
     """The commands of all ```sh blocks: without comments, continued lines joined."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    lines = "\n".join(SHELL_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = "".join(block for page in pages for block in SHELL_BLOCK.findall(page.read_text(encoding="utf-8")))
+    lines = blocks.replace("\\\n", " ").splitlines()
     return {" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")}
 
 
-def test_every_command_of_the_readme_is_tested_and_no_other_is_listed() -> None:
-    assert readme_commands() == set(TESTED_COMMANDS)
+def test_every_command_to_type_is_tested_and_no_other_is_listed() -> None:
+    assert commands_to_type() == set(TESTED_COMMANDS)
 
 
 def test_the_tests_named_here_run_the_commands() -> None:

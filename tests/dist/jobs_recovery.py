@@ -30,7 +30,8 @@ from tolaria.recovery.journal import Journal
 from tolaria.recovery.page import Page
 from tolaria.recovery.snapshots import copy_back
 from tolaria.recovery.timeline import Return
-from tolaria.state import Mode, TrainState
+from tolaria.mode import Mode
+from tolaria.state import TrainState
 from tolaria.task import Task
 from tolaria.telemetry.lines import LineFile
 from tolaria.telemetry.summary import RunSummary

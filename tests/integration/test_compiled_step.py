@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from tests.rig import Rig, tiny_config
 from tolaria.config import Config, LRConfig, OptimConfig
 from tolaria.leyline.types import SeedStage
+from tolaria.mode import Mode
 from tolaria.optim import compiled as compiled_module
-from tolaria.state import Mode
 from tolaria.tamiyo import policy as do
 
 

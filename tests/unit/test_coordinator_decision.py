@@ -5,7 +5,7 @@ import pytest
 from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide, next_mode, refusal
 from tolaria.leyline.codec import decode_decision, encode_decision
 from tolaria.leyline.types import BreakerCommand, CircuitState, Command, CommandType, Decision, SeedCommand, SeedOp
-from tolaria.state import Mode
+from tolaria.mode import Mode
 from tolaria.tamiyo import policy as do
 
 NORMAL = Mode()
@@ -104,7 +104,6 @@ SEED_OPERATIONS = [
 @pytest.mark.parametrize(
     "command",
     [
-        do.pause(),
         bare(CommandType.EMERGENCY), bare(CommandType.STRUCTURAL_PRUNING),
         Command(command_id="c", command_type=CommandType.CIRCUIT_BREAKER, payload=breaker(CircuitState.HALF_OPEN)),
     ],

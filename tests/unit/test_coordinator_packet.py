@@ -12,7 +12,8 @@ from torch import nn
 
 from tests.rig import Rig
 from tolaria.config import TamiyoConfig
-from tolaria.coordinator.coordinator import LOSS_HISTORY, Coordinator, RunFacts
+from tolaria.coordinator.coordinator import LOSS_HISTORY, Coordinator
+from tolaria.coordinator.packet import RunFacts
 from tolaria.errors import PolicyUnavailable
 from tolaria.kasmina import blueprints
 from tolaria.kasmina.blueprints import Blueprint

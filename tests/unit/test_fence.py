@@ -23,7 +23,7 @@ def new_fence(**config: float) -> CollectiveFence:
 
 
 def tell(fence: CollectiveFence | SharedFence, **told: Any) -> None:
-    fence.open(**{"stop_signal": 0, "level": 0, "losses": [], "lr_changed": False, **told})
+    fence.open(**{"stop_signal": 0, "level": 0, "losses": [], "lr_changed": False, "asked": False, **told})
 
 
 def closed(fence: CollectiveFence | SharedFence) -> Verdict:

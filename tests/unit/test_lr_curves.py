@@ -12,7 +12,7 @@ import pytest
 from tests.rig import Rig, tiny_config
 from tolaria.config_tuning import LRConfig
 from tolaria.leyline.types import SeedStage
-from tolaria.state import Mode
+from tolaria.mode import Mode
 from tolaria.tamiyo import policy as do
 
 BASE, TOTAL, WARMUP = 0.02, 60, 5

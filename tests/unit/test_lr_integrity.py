@@ -12,10 +12,10 @@ from torch.optim import SGD, Optimizer
 from tests.rig import Rig
 from tolaria.config_tuning import LRConfig, TuningConfig
 from tolaria.leyline.types import OptimizerCommand
+from tolaria.mode import Mode
 from tolaria.optim.integrity import LRViolation
 from tolaria.optim.lr import LRController
 from tolaria.optim.tuning import Tuner
-from tolaria.state import Mode
 from tolaria.step import LR_TAMPERED
 from tolaria.tamiyo import policy as do
 

@@ -18,8 +18,8 @@ from tolaria.errors import ConfigError
 from tolaria.kasmina.blueprints import register_blueprint
 from tolaria.kasmina.slot import Slot
 from tolaria.leyline.types import Command, CommandType, OptimizerCommand, SeedStage
+from tolaria.mode import Mode
 from tolaria.optim.lr import LRController
-from tolaria.state import Mode
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies.script import load_script
 from tolaria.task import Task

@@ -22,8 +22,8 @@ from tolaria.kasmina.blueprints import Blueprint
 from tolaria.kasmina.candidates import newborn
 from tolaria.kasmina.shadow import make_twin
 from tolaria.leyline.types import SeedStage
+from tolaria.mode import Mode
 from tolaria.objective import Objective
-from tolaria.state import Mode
 from tolaria.streams import rng_tensors
 from tolaria.task import Task
 

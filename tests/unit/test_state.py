@@ -18,8 +18,9 @@ from tests.rig import Rig, same_bits, tiny_config
 from tolaria.config import OptimConfig
 from tolaria.errors import CheckpointMismatch, ConfigError, TaskError
 from tolaria.leyline.types import SeedStage
+from tolaria.mode import Mode
 from tolaria.optim.persist import state_tensors
-from tolaria.state import Mode, TrainState
+from tolaria.state import TrainState
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo import policy as do
 

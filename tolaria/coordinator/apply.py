@@ -9,7 +9,7 @@ warm up   compile the new structure, check its gradients   no -> every rank retu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tolaria.coordinator.decision import next_mode
 from tolaria.coordinator.optimizer_class import change_class
@@ -17,9 +17,10 @@ from tolaria.coordinator.plan import Outcome, Plan, refuse
 from tolaria.dist import Peers
 from tolaria.errors import PeerLost, TolariaError
 from tolaria.leyline.types import BreakerCommand, Decision, RollbackCommand, SeedOp
+from tolaria.mode import Mode
 from tolaria.objective import Batch
 from tolaria.replica import Replica
-from tolaria.state import Memento, Mode, TrainState
+from tolaria.state import Memento, TrainState
 from tolaria.telemetry.split import Split
 
 _FAILED = bytes(32)
@@ -71,6 +72,8 @@ def carry_out(
             _enter_mode(state, decision, (), healthy_boundaries)
             result.outcomes += refuse(plan.accepted, *failure)
             return result
+    if plan.pause is not None:
+        state.hand = replace(state.hand, paused=plan.pause)
     result.structure_changed = bool(plan.seed_moves)
     result.go_back = plan.go_back
     result.outcomes += [Outcome(c.command_id, c, True, "applied", c.reason) for c in plan.accepted]

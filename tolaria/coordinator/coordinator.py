@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tolaria.config_tamiyo import TamiyoConfig
@@ -18,26 +18,24 @@ from tolaria.coordinator.apply import Applied
 from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide
 from tolaria.coordinator.delivery import NO_DECISION, obey
 from tolaria.coordinator.ledger import Ledger
+from tolaria.coordinator.packet import RunFacts, build_packet
 from tolaria.coordinator.plan import Outcome
 from tolaria.dist import World
 from tolaria.errors import MessageRejected, PolicyUnavailable, WalError
 from tolaria.leyline.codec import decode_command, encode_decision
-from tolaria.leyline.limits import clip_measurement
 from tolaria.leyline.types import (
     Command,
+    CommandType,
     Decision,
     EmergencySignal,
-    HardwareContext,
     PolicyRequest,
     RollbackCommand,
-    SeedState,
-    SystemState,
 )
 from tolaria.measure import Report
 from tolaria.objective import Batch
 from tolaria.recovery.journal import Journal
 from tolaria.replica import Replica
-from tolaria.state import HOST_GROUP, TrainState
+from tolaria.state import TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
 from tolaria.tamiyo.shadow import Shadow
@@ -46,16 +44,6 @@ from tolaria.telemetry.split import Split
 
 LOSS_HISTORY = 16
 """Validation losses of so many boundaries travel with every packet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """What a packet tells beside the state: names, what rank 0 runs on now, boundaries until the planned end."""
-
-    run_id: str
-    experiment: str
-    hardware: Callable[[], HardwareContext]
-    boundaries_left: Callable[[], int]
 
 
 class Coordinator:
@@ -126,13 +114,38 @@ class Coordinator:
                 self.shadow.ask()
         return applied
 
+    def act(self, frame: bytes | None) -> Applied:
+        """Carry out an operator's decision, which rank 0 passes encoded, between two boundaries. Collective.
+
+        As `exchange` does it, with nobody asked. Raises PeerLost.
+        """
+        applied = obey(
+            frame, self.state, self.replica, self.world.peers,
+            healthy_boundaries=self.config.healthy_boundaries, sample=self._sample, split=Split(),
+        )  # fmt: skip
+        if applied is None:
+            raise RuntimeError("rank 0 passed no decision")
+        self._tell_mode(applied)
+        return applied
+
+    def enter_act(self, fate: Outcome, *, what: str, by: str, why: str) -> None:
+        """Keep an operator's act among the run's commands. Rank 0, local."""
+        loss = self._losses[0] if self._losses else math.nan
+        self.ledger.enter(
+            fate, boundary=self.state.boundary, step=self.state.step, loss=loss, accuracy=math.nan, what=what, by=by,
+            why=why,
+        )  # fmt: skip
+
     def _decide(self, report: Report, split: Split) -> tuple[bytes, list[Outcome]]:
         """Rank 0: the decision's bytes, from the log or new and then in the log, and what was refused beforehand."""
         for record in self.ledger.observe(self.state.boundary, report.val_loss, report.val_accuracy):
             self.events.emit("command_judged", command_id=record.command_id, outcome=record.outcome,
                              effect=record.effect)  # fmt: skip
         with split.timed("packet"):
-            request = PolicyRequest(state=self._packet(report), field_reports=self.ledger.pending)
+            request = PolicyRequest(
+                state=build_packet(report, self.state, self._facts, self._losses, self._wall_ns()),
+                field_reports=self.ledger.pending,
+            )
         self._losses.appendleft(report.val_loss)
         logged = self._journal.logged(self.state.boundary)
         screened: list[Outcome] = []
@@ -167,6 +180,8 @@ class Coordinator:
     def _refuse_beforehand(self, command: Command) -> tuple[str, str] | None:
         if self._journal.applied_before(command.command_id):
             return "already_applied", f"command {command.command_id} has taken effect before; an id is used once"
+        if command.command_type == CommandType.PAUSE and not self.config.may_pause:
+            return "pause_not_allowed", "the policy may not pause this run (tamiyo.may_pause)"
         if isinstance(command.payload, RollbackCommand):
             return self._journal.refuses_return(command.payload, self.state.boundary, self._rest_boundaries)
         return None
@@ -225,6 +240,9 @@ class Coordinator:
                 kind = "command_applied" if outcome.applied else "command_refused"
                 self.events.emit(kind, "info" if outcome.applied else "warning", command_id=outcome.command_id,
                                  what=record.what, code=outcome.code, reason=outcome.reason)  # fmt: skip
+        self._tell_mode(applied)
+
+    def _tell_mode(self, applied: Applied) -> None:
         before, after = applied.mode_before, self.state.mode
         if self.world.is_coordinator and before.conservative != after.conservative:
             level: Level = "warning" if after.conservative else "info"
@@ -233,40 +251,6 @@ class Coordinator:
     def signals(self) -> list[EmergencySignal]:
         """Emergencies that the policy has raised since the last call; nothing on other ranks than 0. Local."""
         return self._client.signals() if self._client is not None else []
-
-    def _packet(self, report: Report) -> SystemState:
-        state = self.state
-        metrics = {
-            "learning_rate": state.lr.lr_at(HOST_GROUP, state.step),
-            "conservative": float(state.mode.conservative),
-            "parameters": float(state.parameter_count),
-            "skipped_steps": float(state.skipped_steps),
-            "boundaries_left": float(self._facts.boundaries_left()),
-            "validation_noise": report.val_noise,
-            **state.kasmina.budget.left(state.kasmina.grown_parameters),
-            "flops_per_sample": math.nan if report.flops is None else float(report.flops),
-            # A policy that was started again has only what the packet tells.
-            **{f"loss_history/{back}": loss for back, loss in enumerate(self._losses, 1)},
-            **{f"slot_rank/{name}": float(len(seed.shape)) for name, seed in state.kasmina.seeds.items()},
-            **{f"metric/{name}": value for name, value in report.metrics.items()},
-        }
-        return SystemState(
-            packet_id=f"{self._facts.run_id}:{state.boundary}",
-            current_epoch=state.sampler.epoch,
-            global_step=state.step,
-            validation_accuracy=clip_measurement(report.val_accuracy),
-            validation_loss=clip_measurement(report.val_loss),
-            training_loss=clip_measurement(report.train_loss),
-            timestamp_ns=self._wall_ns(),
-            training_run_id=self._facts.run_id,
-            experiment_name=self._facts.experiment,
-            hardware=self._facts.hardware(),
-            seeds=tuple(
-                _sendable(seed, {**report.signals.get(seed.seed_id, {}), **report.owners.get(seed.seed_id, {})})
-                for seed in state.kasmina.seed_states(lambda group: state.lr.lr_at(group, state.step))
-            ),
-            training_metrics={n: clip_measurement(value) for n, value in metrics.items() if math.isfinite(value)},
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Rank 0's own memory (breaker, ledger); empty on other ranks."""
@@ -290,8 +274,3 @@ class Coordinator:
             self.breaker.load_state_dict(state["breaker"])
             self.ledger.load_state_dict(state["ledger"])
             self._losses = deque(map(float.fromhex, state["losses"]), maxlen=LOSS_HISTORY)
-
-
-def _sendable(seed: SeedState, further: Mapping[str, float]) -> SeedState:
-    metrics = {name: clip_measurement(value) for name, value in {**seed.metrics, **further}.items()}
-    return replace(seed, gradient_norm=clip_measurement(seed.gradient_norm), metrics=metrics)

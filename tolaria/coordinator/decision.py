@@ -6,11 +6,13 @@ reply or failure, present mode  ->  Decision (broadcast as it is)  ->  the next 
 from dataclasses import dataclass, replace
 
 from tolaria.leyline.types import BreakerCommand, CircuitState, Command, CommandType, Decision
-from tolaria.state import Mode
+from tolaria.mode import Mode
 
 ANSWERED = "answered"
 NOT_ASKED = "breaker_open"
 NO_POLICY = "no_policy"
+OPERATOR = "operator"
+"""Source of a decision that carries out an operator's order."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def next_mode(mode: Mode, decision: Decision, breakers: list[BreakerCommand], he
             mode = Mode(conservative=True, reason=f"command: {command.rationale or 'no reason given'}", held=True)
         else:
             mode = Mode()
+    if decision.source == OPERATOR:
+        return mode  # it says nothing about the policy's health
     if decision.source == "fallback":
         return replace(mode, conservative=True, reason=mode.reason or f"policy: {decision.reason}", healthy=0)
     if not mode.conservative or mode.held:
@@ -69,7 +73,6 @@ def judging_mode(mode: Mode, decision: Decision, breakers: list[BreakerCommand],
 def refusal(command: Command, mode: Mode) -> tuple[str, str] | None:
     """Why a command cannot be accepted whatever the model's state: (code, reason), or None."""
     unsupported = {
-        CommandType.PAUSE: "pausing by command is not part of this version; stop the run with SIGTERM and resume it",
         CommandType.EMERGENCY: "emergencies travel as signals, not as commands; use CIRCUIT_BREAKER OPEN",
         CommandType.STRUCTURAL_PRUNING: "structural pruning is out of Tolaria's scope",
     }

@@ -53,15 +53,22 @@ class Ledger:
         for report in reports:
             self._pending.pop(report.report_id, None)
 
-    def enter(self, outcome: Outcome, *, boundary: int, step: int, loss: float, accuracy: float) -> None:
-        """Record one command's fate at a boundary whose validation gave ``loss`` and ``accuracy``."""
+    def enter(
+        self, outcome: Outcome, *, boundary: int, step: int, loss: float, accuracy: float, what: str = "",
+        by: str = "", why: str = "",
+    ) -> None:  # fmt: skip
+        """Record one command's fate at a boundary whose validation gave ``loss`` and ``accuracy``.
+
+        ``by``: the operator who ordered it, with ``what`` and ``why``; the policy is not told of those.
+        """
         command = outcome.command
         record = CommandRecord(
             step=step,
             boundary=boundary,
             command_id=outcome.command_id,
-            what=describe(command) if command is not None else "unreadable command",
-            reason=command.reason if command is not None else "",
+            what=describe(command) if command is not None else what or "unreadable command",
+            reason=why or (command.reason if command is not None else ""),
+            by=by,
             outcome="applied" if outcome.applied else "refused",
             effect="" if outcome.applied else outcome.reason,
         )
@@ -70,8 +77,9 @@ class Ledger:
         seed_id = command.target_seed_id if command else ""
         fate = FieldOutcome.NEUTRAL if outcome.applied else FieldOutcome.ABORTED
         notes = "applied" if outcome.applied else f"{outcome.code}: {outcome.reason}"
-        self._report(0, record.command_id, fate, seed_id, blueprint, {}, 0, notes)
-        if outcome.applied:
+        if not by:
+            self._report(0, record.command_id, fate, seed_id, blueprint, {}, 0, notes)
+        if outcome.applied and (command is not None or not by):
             due = boundary + self._window
             self._watched.append(_Watched(record, seed_id, blueprint, due, loss, accuracy))
 
@@ -84,14 +92,14 @@ class Ledger:
     def _judge(self, watched: _Watched, boundary: int, loss: float, accuracy: float) -> CommandRecord:
         outcome = _verdict(watched.loss, loss)
         window = boundary - watched.record.boundary
-        effect = (
-            f"loss {watched.loss:.4f} -> {loss:.4f}, accuracy {watched.accuracy:.1%} -> {accuracy:.1%} "
-            f"in {window} boundaries"
-        )
+        before = f" {watched.accuracy:.1%} ->" if math.isfinite(watched.accuracy) else ""
+        effect = f"loss {watched.loss:.4f} -> {loss:.4f}, accuracy{before} {accuracy:.1%} in {window} boundaries"
         record = replace(watched.record, outcome=outcome.name.lower(), effect=effect)
         self.records[record.command_id] = record
         pairs = {"loss_before": watched.loss, "loss_after": loss, "accuracy_after": accuracy}
         metrics = {name: clip_measurement(value) for name, value in pairs.items() if math.isfinite(value)}
+        if record.by:
+            return record
         self._report(1, record.command_id, outcome, watched.seed_id, watched.blueprint_id, metrics, window, effect)
         return record
 
@@ -128,7 +136,8 @@ class Ledger:
             if record == self.records.get(command_id) or record.outcome in ("refused", "undone"):
                 continue
             self.records[command_id] = replace(record, outcome="undone", effect=reason)
-            self._report(2, command_id, FieldOutcome.ABORTED, "", "", {}, 0, f"undone: {reason}")
+            if not record.by:
+                self._report(2, command_id, FieldOutcome.ABORTED, "", "", {}, 0, f"undone: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         """Records, open observations and unsent reports, as JSON."""

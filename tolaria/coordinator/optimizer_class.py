@@ -12,12 +12,13 @@ from tolaria.errors import CommandRefused, ConfigError, TaskError
 from tolaria.kasmina.host import PlannedMove
 from tolaria.leyline.limits import as_written
 from tolaria.leyline.types import LR, OPTIMIZER_CLASS, OptimizerCommand
+from tolaria.mode import Mode
 from tolaria.optim.classes import optimizer_class
 from tolaria.optim.groups import OptimizerStateError
 from tolaria.optim.rebuild import check_takes
 from tolaria.optim.surgery import same_family
 from tolaria.optim.tuning_limits import check_range, check_rate
-from tolaria.state import Mode, TrainState
+from tolaria.state import TrainState
 
 SETTINGS = ("lr", "momentum", "weight_decay")
 TOUCHED = "optimizer class"  # no name of a slot or a group has a space

@@ -21,8 +21,9 @@ from tolaria.leyline.types import (
     OptimizerCommand,
     RollbackCommand,
 )
+from tolaria.mode import Mode
 from tolaria.optim.tuning import Tuning
-from tolaria.state import Mode, TrainState
+from tolaria.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Outcome:
 class Plan:
     """What this rank would do about a decision: moves of seeds, changes of the optimizer, a return.
 
-    ``accepted``: the commands that it carries out; ``refused``: what became of the others.
+    ``accepted``: the commands that it carries out; ``refused``: what became of the others. ``pause``: why the run is to
+    stand still after the decision, None if it is not.
     """
 
     decision: Decision
@@ -51,6 +53,7 @@ class Plan:
     classes: tuple[OptimizerCommand, ...] = ()
     breakers: tuple[BreakerCommand, ...] = ()
     go_back: RollbackCommand | None = None
+    pause: str | None = None
 
     @property
     def changes(self) -> bool:
@@ -119,9 +122,10 @@ def make_plan(decision: Decision, state: TrainState, healthy_boundaries: int) ->
             decision=decision, refused=tuple(refused), accepted=(returns[0],),
             go_back=returns[0].payload,  # type: ignore[arg-type]
         )  # fmt: skip
+    pauses = [c.reason or "asked for by the policy" for c in accepted if c.command_type == CommandType.PAUSE]
     return Plan(
         decision=decision, refused=tuple(refused), accepted=tuple(accepted), seed_moves=tuple(moves),
-        tunings=tuple(tunings), classes=tuple(classes), breakers=tuple(breakers),
+        tunings=tuple(tunings), classes=tuple(classes), breakers=tuple(breakers), pause=next(iter(pauses), None),
     )  # fmt: skip
 
 

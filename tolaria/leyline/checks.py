@@ -40,7 +40,7 @@ from tolaria.leyline.types import (
     SystemState,
 )
 
-DECISION_SOURCES = ("policy", "fallback")
+DECISION_SOURCES = ("policy", "fallback", "operator")
 
 _PAYLOAD_TYPES: dict[CommandType, type[Payload] | None] = {
     CommandType.SEED: SeedCommand,

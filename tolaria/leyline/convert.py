@@ -38,6 +38,7 @@ _NS = 1_000_000_000
 _SOURCES = {
     "policy": tolaria_pb.DECISION_SOURCE_POLICY,
     "fallback": tolaria_pb.DECISION_SOURCE_FALLBACK,
+    "operator": tolaria_pb.DECISION_SOURCE_OPERATOR,
 }
 _SOURCE_NAMES = {number: name for name, number in _SOURCES.items()}
 

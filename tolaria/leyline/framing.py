@@ -13,12 +13,12 @@ import hashlib
 import hmac
 import secrets
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tolaria.errors import MessageRejected
 from tolaria.leyline.keys import KeyRing, load_key_file, new_key_file_text
-from tolaria.leyline.limits import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MAX_SIGNAL_BYTES
+from tolaria.leyline.limits import MAX_ORDER_BYTES, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, MAX_SIGNAL_BYTES
 
 __all__ = [
     "AUTH_CODES",
@@ -33,6 +33,7 @@ __all__ = [
     "load_key_file",
     "new_key_file_text",
     "open_frame",
+    "outcome_header",
     "peek",
     "reply_header",
     "request_header",
@@ -60,11 +61,13 @@ class FrameKind(IntEnum):
     REQUEST = 1
     REPLY = 2
     SIGNAL = 3
+    ORDER = 4
+    OUTCOME = 5
 
     @property
     def direction(self) -> str:
-        """Which way such frames go; each way has its own key."""
-        return "to-policy" if self is FrameKind.REQUEST else "to-trainer"
+        """Which way such frames go, and between whom; each way has its own key."""
+        return _DIRECTIONS[self]
 
     @property
     def max_payload_bytes(self) -> int:
@@ -81,6 +84,15 @@ _MAX_PAYLOAD_BYTES = {
     FrameKind.REQUEST: MAX_REQUEST_BYTES,
     FrameKind.REPLY: MAX_REPLY_BYTES,
     FrameKind.SIGNAL: MAX_SIGNAL_BYTES,
+    FrameKind.ORDER: MAX_ORDER_BYTES,
+    FrameKind.OUTCOME: MAX_ORDER_BYTES,
+}
+_DIRECTIONS = {
+    FrameKind.REQUEST: "to-policy",
+    FrameKind.REPLY: "to-trainer",
+    FrameKind.SIGNAL: "to-trainer",
+    FrameKind.ORDER: "operator-to-run",
+    FrameKind.OUTCOME: "run-to-operator",
 }
 _SIGNAL_BYTES = FrameKind.SIGNAL.to_bytes(2, "big")
 
@@ -125,11 +137,12 @@ def generation_number(generation: str) -> int:
 
 
 def request_header(
-    *, run_id: str, generation: str, boundary: int, seq: int, payload: bytes, wall_ns: int
-) -> FrameHeader:
-    """The header of a new question, with a fresh random correlation id."""
+    *, run_id: str, generation: str, boundary: int, seq: int, payload: bytes, wall_ns: int,
+    kind: FrameKind = FrameKind.REQUEST,
+) -> FrameHeader:  # fmt: skip
+    """The header of a new question, with a fresh random correlation id. ``kind``: ORDER for an operator's."""
     return FrameHeader(
-        kind=FrameKind.REQUEST,
+        kind=kind,
         run_id=run_id_bytes(run_id),
         generation=generation_number(generation),
         boundary=boundary,
@@ -152,6 +165,11 @@ def reply_header(request: FrameHeader, *, seq: int, wall_ns: int) -> FrameHeader
         request_sha256=request.request_sha256,
         wall_ns=wall_ns,
     )
+
+
+def outcome_header(order: FrameHeader, *, wall_ns: int) -> FrameHeader:
+    """The header of the answer to an operator's ``order``."""
+    return replace(order, kind=FrameKind.OUTCOME, wall_ns=wall_ns)
 
 
 def signal_header(newest: FrameHeader, *, mark: int, wall_ns: int) -> FrameHeader:

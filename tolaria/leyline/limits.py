@@ -18,6 +18,7 @@ MESSAGE_VERSION = 1
 MAX_COMMAND_BYTES = 8 * 1024
 # Two texts of 128 characters, four bytes each, and room for the parts of Esper's message that Tolaria does not read.
 MAX_SIGNAL_BYTES = 4 * 1024
+MAX_ORDER_BYTES = 32 * 1024
 MAX_REPLY_BYTES = 60 * 1024
 MAX_DECISION_BYTES = 64_000
 MAX_REQUEST_BYTES = 1024 * 1024

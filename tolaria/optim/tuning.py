@@ -114,6 +114,12 @@ class Tuner:
         if made:
             self._done = [*self._done, (tuning.command_id, made)][-self.bounds.undo_depth :]
 
+    def newest(self, groups: Iterable[str]) -> str | None:
+        """Id of the newest command on any of these groups that can be undone, None for none."""
+        wanted = set(groups)
+        mine = (command_id for command_id, changes in reversed(self._done) if any(c.group in wanted for c in changes))
+        return next(mine, None)
+
     def forget(self, group: str) -> None:
         """A group is gone: nothing of it can be undone any more."""
         kept = ((command_id, tuple(c for c in changes if c.group != group)) for command_id, changes in self._done)

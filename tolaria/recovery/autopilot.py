@@ -17,7 +17,9 @@ from tolaria.data import Window
 REMEMBERED_STEPS = 64
 COLLAPSE_HISTORY = 8
 
-Cause: TypeAlias = Literal["loss_spike", "non_finite", "collapse", "drift", "command", "emergency"]
+Cause: TypeAlias = Literal["loss_spike", "non_finite", "collapse", "drift", "command", "emergency", "undo"]
+ASKED_FOR = ("command", "undo")
+"""Causes with which nothing is wrong: somebody wants the run to be elsewhere."""
 
 
 class StepFact(NamedTuple):
@@ -41,7 +43,7 @@ class Incident:
 
     ``step``: where it was noticed. ``first``: the first step that may be to blame; states after fewer steps are
     sound. ``windows``: the samples of the steps to blame, oldest first. ``checkpoint``: the number of the one to go
-    back to, where that was asked for.
+    back to, where that was asked for. ``before_act``: the operator's act that the state must not have seen.
     """
 
     cause: Cause
@@ -51,6 +53,7 @@ class Incident:
     first: int
     windows: tuple[Window, ...] = ()
     checkpoint: int | None = None
+    before_act: int | None = None
 
 
 class SpikeWatch:

@@ -11,7 +11,7 @@ from tolaria.leyline.codec import decode_decision, encode_decision
 from tolaria.leyline.types import Decision, RollbackCommand
 from tolaria.recovery.ladder import Ladder, Rung
 from tolaria.recovery.retain import Retention
-from tolaria.recovery.timeline import Return, Timeline, ahead, on_timeline
+from tolaria.recovery.timeline import LoggedAct, Return, Timeline, ahead, on_timeline
 from tolaria.recovery.wal import Wal, WalKind
 
 
@@ -92,6 +92,31 @@ class Journal:
         names = list(applied)
         body = {"boundary": boundary, "applied": names, "refused": dict(refused), "digest": digest}
         self._append(WalKind.APPLIED if names else WalKind.ABORTED, body)
+        self._timeline.applied.update(dict.fromkeys(names, boundary))
+
+    # Acts of an operator
+
+    @property
+    def orders(self) -> set[str]:
+        """Ids of all orders that were ever carried out or tried; rank 0 only."""
+        return self._timeline.orders
+
+    def next_act(self, done: int) -> LoggedAct | None:
+        """The act that comes after the first ``done``, when the run has to go through it again. On all ranks."""
+        return self._timeline.acts.get(done + 1)
+
+    def act(self, number: int, step: int, body: Mapping[str, Any]) -> None:
+        """Write an act down, before any rank hears of it. ``body`` has at least "order_id"."""
+        self._append(WalKind.ACT, {**body, "act": number, "step": step})
+        self._timeline.orders.add(str(body["order_id"]))
+
+    def acted(
+        self, number: int, boundary: int, applied: Iterable[str], refused: Mapping[str, str], digest: str
+    ) -> None:
+        """Write down what became of an act: ids of commands that took effect, and codes of those that did not."""
+        names = list(applied)
+        body = {"act": number, "boundary": boundary, "applied": names, "refused": dict(refused), "digest": digest}
+        self._append(WalKind.ACTED, body)
         self._timeline.applied.update(dict.fromkeys(names, boundary))
 
     # Checkpoints

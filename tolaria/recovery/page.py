@@ -39,7 +39,7 @@ _TOLD_TURNS = 4
 
 
 class Phase(IntEnum):
-    """What a rank is doing; the watchdog has a limit for each but HALTED."""
+    """What a rank is doing; the watchdog has a limit for each but HALTED and PAUSED."""
 
     START = 0
     COMPILE = 1
@@ -49,6 +49,7 @@ class Phase(IntEnum):
     RESTORE = 5
     HALTED = 6
     ENDING = 7
+    PAUSED = 8
 
 
 class RankLine(NamedTuple):

@@ -68,6 +68,10 @@ class _Slot:
         return {name: view(self.arena.memory, PAGE_BYTES, place) for name, place in self.places.items()}
 
 
+APART = 5
+"""Number of the slot that the ring does not go round by; the others are below."""
+
+
 class SnapshotRing:
     """The snapshots of one rank. Training thread only; nothing here is collective.
 
@@ -91,9 +95,11 @@ class SnapshotRing:
         self._slots: dict[int, _Slot] = {}
         self._seq = 0
 
-    def take(self, payload: Payload) -> Taken | None:
+    def take(self, payload: Payload, *, apart: bool = False) -> Taken | None:
         """Copy a state into the oldest slot and hash it; it counts after `confirm`. None when there is no room for it.
 
+        ``apart``: into a slot of its own, which only the next such snapshot overwrites; where there is no room for one
+        more, into the oldest like any other.
         Blocks for the copy and one read of it. Raises ValueError or TypeError for content that cannot be stored.
         """
         meta, local_meta = encode_json(payload.meta, "meta"), encode_json(payload.local_meta, "local_meta")
@@ -101,7 +107,8 @@ class SnapshotRing:
         sources |= {LOCAL + name: tensor.detach() for name, tensor in payload.local_tensors.items()}
         found, tensor_bytes = places(sources)
         rows_bytes = 160 * len(found) + sum(map(len, found))
-        slot = self._slot(found, PAGE_BYTES + tensor_bytes + len(meta) + len(local_meta) + rows_bytes + 1024)
+        needed = PAGE_BYTES + tensor_bytes + len(meta) + len(local_meta) + rows_bytes + 1024
+        slot = self._slot(found, needed, apart=apart)
         if slot is None:
             return None
         slot.arena.invalidate()
@@ -159,10 +166,10 @@ class SnapshotRing:
         """What the digest of a snapshot of this state would be. Reads every tensor once."""
         return _digest(tensors, tensor_hashes(tensors), meta)
 
-    def drop_after(self, step: int) -> None:
-        """The run went back to ``step``: what was taken later is void."""
+    def drop_after(self, step: int, seq: int | None = None) -> None:
+        """The run went back to ``step``, to the snapshot ``seq`` where it is one: what was taken later is void."""
         for info in self.held():
-            if info.step > step:
+            if info.step > step or (seq is not None and info.seq > seq):
                 self.drop(info.seq)
 
     def close(self, *, remove: bool) -> None:
@@ -177,15 +184,16 @@ class SnapshotRing:
                 return slot, slot.info
         raise KeyError(f"no snapshot {seq}; held: {[info.seq for info in self.held()]}")
 
-    def _slot(self, found: dict[str, Place], needed: int) -> _Slot | None:
+    def _slot(self, found: dict[str, Place], needed: int, *, apart: bool) -> _Slot | None:
         """The slot to overwrite: an empty one, else the oldest; made anew if it is too small."""
         count = min(self._wanted, self._limit_bytes // needed)
         if not count:
             self.disabled = f"a snapshot of {needed} bytes does not fit into {self._limit_bytes} bytes"
             return None
-        for number in [n for n in self._slots if n >= count]:
+        one_more = self._limit_bytes // needed > count
+        for number in [n for n in self._slots if n >= count and not (n == APART and one_more)]:
             self._slots.pop(number).arena.close(remove=True)
-        number = min(range(count), key=self._age)
+        number = APART if apart and one_more else min(range(count), key=self._age)
         old = self._slots.get(number)
         if old is None or old.arena.capacity < needed:
             if old is not None:

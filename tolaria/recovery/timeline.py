@@ -26,7 +26,7 @@ class Return:
     ``branch``: the number of the course that begins. ``at_boundary``: how many boundaries had passed when it was made.
     ``skip``: all windows of samples left out so far in the run.
     ``held``: the conservative mode ends by command only. ``instead_of``: the branch of the return that failed before
-    this one, 0 for none.
+    this one, 0 for none. ``to_acts``: how many acts the state it goes back to had seen.
     """
 
     branch: int
@@ -42,6 +42,7 @@ class Return:
     held: bool = False
     rewarm: int = 0
     instead_of: int = 0
+    to_acts: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The body of its record in the log."""
@@ -94,6 +95,15 @@ class LoggedStart:
     agent: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoggedAct:
+    """One act of an operator: done by all ranks after ``step`` steps. ``body``: the record of it, rank 0 only."""
+
+    number: int
+    step: int
+    body: Mapping[str, Any] | None = None
+
+
 @dataclass
 class Timeline:
     """The facts that a start needs, gathered from the records in their order."""
@@ -101,6 +111,8 @@ class Timeline:
     returns: list[Return] = field(default_factory=list)
     decisions: dict[int, bytes] = field(default_factory=dict)
     applied: dict[str, int] = field(default_factory=dict)
+    acts: dict[int, LoggedAct] = field(default_factory=dict)
+    orders: set[str] = field(default_factory=set)
     checkpoints: dict[int, LoggedCheckpoint] = field(default_factory=dict)
     good: set[int] = field(default_factory=set)
     starts: list[LoggedStart] = field(default_factory=list)
@@ -131,7 +143,9 @@ class Timeline:
         match record.kind:
             case WalKind.DECISION:
                 self.decisions[decode_decision(record.body).boundary] = record.body
-            case WalKind.APPLIED:
+            case WalKind.ACT:
+                self._acted(LoggedAct(number=int(body["act"]), step=int(body["step"]), body=body))
+            case WalKind.APPLIED | WalKind.ACTED:
                 self.applied.update({str(name): int(body["boundary"]) for name in body["applied"]})
             case WalKind.VOID:
                 self.went_back(Return.from_json(body))
@@ -148,16 +162,19 @@ class Timeline:
                 self.signal_mark = max(self.signal_mark, int(body["mark"]))
             case WalKind.HALT:
                 self.halted = str(body["reason"])
-            case WalKind.CLOSE:
-                self.closed = True
             case _:
-                pass
+                self.closed = self.closed or record.kind == WalKind.CLOSE
+
+    def _acted(self, act: LoggedAct) -> None:
+        self.acts[act.number] = act
+        self.orders.add(str((act.body or {})["order_id"]))
 
     def went_back(self, taken: Return) -> None:
         """One more return: what was decided behind its target is void."""
         self.returns.append(taken)
         self.decisions = {b: raw for b, raw in self.decisions.items() if b <= taken.to_boundary}
         self.applied = {name: b for name, b in self.applied.items() if b <= taken.to_boundary}
+        self.acts = {number: act for number, act in self.acts.items() if number <= taken.to_acts}
 
     def fruitless_starts(self, step: int, branch: int, agent: str | None) -> int:
         """How many starts by this torchrun agent, without a pause, began at this very point and got no further."""

@@ -36,7 +36,8 @@ class CommandRecord:
     """One command and what became of it.
 
     ``what`` says what was asked ("germinate late with conv_residual"), ``outcome`` is applied, refused, or the field
-    report's (success, neutral, regression, aborted); ``effect`` tells it in numbers.
+    report's (success, neutral, regression, aborted); ``effect`` tells it in numbers. ``by``: the operator who ordered
+    it, empty for the policy.
     """
 
     step: int
@@ -46,6 +47,7 @@ class CommandRecord:
     reason: str = ""
     outcome: str = ""
     effect: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,10 @@ class RunSummary:
 
     ``outcome``: "finished", "stopped" (asked to), "unstable" (gave up) or "halted" (by an emergency).
     ``before_growth`` is the last validation before the first seed acted on the model's output, None if none did.
-    ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex. ``profile``: the
-    page of the profiler, "" without one. ``resume``: the command that goes on from here.
+    ``goodput``: seconds of rank 0 by what they were spent on, over all starts (`tolaria/telemetry/goodput.py`); their
+    sum is ``seconds``. ``rank_times``: by rank, seconds of compute, data wait and sync wait in this start, steps done
+    again included. ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex.
+    ``profile``: the page of the profiler, "" without one. ``resume``: the command that goes on from here.
     """
 
     outcome: str
@@ -148,6 +152,8 @@ class RunSummary:
     resume: str = ""
     state_digest: Mapping[int, str] = field(default_factory=dict)
     counters: Mapping[str, float] = field(default_factory=dict)
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    rank_times: Sequence[Mapping[str, float]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

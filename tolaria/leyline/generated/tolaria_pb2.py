@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from tolaria.leyline.generated import leyline_pb2 as esper_dot_leyline_dot_v1_dot_leyline__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tolaria/v1/tolaria.proto\x12\ntolaria.v1\x1a\x1e\x65sper/leyline/v1/leyline.proto\"\x8a\x01\n\rPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x32\n\x05state\x18\x02 \x01(\x0b\x32#.esper.leyline.v1.SystemStatePacket\x12\x34\n\rfield_reports\x18\x03 \x03(\x0b\x32\x1d.esper.leyline.v1.FieldReport\"H\n\x0bPolicyReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63ommands\x18\x02 \x03(\x0c\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\"\xa9\x01\n\x08\x44\x65\x63ision\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x62oundary\x18\x02 \x01(\r\x12\x16\n\x0estep_effective\x18\x03 \x01(\x04\x12*\n\x06source\x18\x04 \x01(\x0e\x32\x1a.tolaria.v1.DecisionSource\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x14\n\x0c\x63onservative\x18\x06 \x01(\x08\x12\x10\n\x08\x63ommands\x18\x07 \x03(\x0c*g\n\x0e\x44\x65\x63isionSource\x12\x1b\n\x17\x44\x45\x43ISION_SOURCE_UNKNOWN\x10\x00\x12\x1a\n\x16\x44\x45\x43ISION_SOURCE_POLICY\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_SOURCE_FALLBACK\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tolaria/v1/tolaria.proto\x12\ntolaria.v1\x1a\x1e\x65sper/leyline/v1/leyline.proto\"\x8a\x01\n\rPolicyRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x32\n\x05state\x18\x02 \x01(\x0b\x32#.esper.leyline.v1.SystemStatePacket\x12\x34\n\rfield_reports\x18\x03 \x03(\x0b\x32\x1d.esper.leyline.v1.FieldReport\"H\n\x0bPolicyReply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x63ommands\x18\x02 \x03(\x0c\x12\x16\n\x0epolicy_version\x18\x03 \x01(\t\"\xa9\x01\n\x08\x44\x65\x63ision\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x10\n\x08\x62oundary\x18\x02 \x01(\r\x12\x16\n\x0estep_effective\x18\x03 \x01(\x04\x12*\n\x06source\x18\x04 \x01(\x0e\x32\x1a.tolaria.v1.DecisionSource\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x14\n\x0c\x63onservative\x18\x06 \x01(\x08\x12\x10\n\x08\x63ommands\x18\x07 \x03(\x0c*\x85\x01\n\x0e\x44\x65\x63isionSource\x12\x1b\n\x17\x44\x45\x43ISION_SOURCE_UNKNOWN\x10\x00\x12\x1a\n\x16\x44\x45\x43ISION_SOURCE_POLICY\x10\x01\x12\x1c\n\x18\x44\x45\x43ISION_SOURCE_FALLBACK\x10\x02\x12\x1c\n\x18\x44\x45\x43ISION_SOURCE_OPERATOR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tolaria.v1.tolaria_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECISIONSOURCE']._serialized_start=459
-  _globals['_DECISIONSOURCE']._serialized_end=562
+  _globals['_DECISIONSOURCE']._serialized_start=460
+  _globals['_DECISIONSOURCE']._serialized_end=593
   _globals['_POLICYREQUEST']._serialized_start=73
   _globals['_POLICYREQUEST']._serialized_end=211
   _globals['_POLICYREPLY']._serialized_start=213

@@ -13,9 +13,11 @@ class DecisionSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DECISION_SOURCE_UNKNOWN: _ClassVar[DecisionSource]
     DECISION_SOURCE_POLICY: _ClassVar[DecisionSource]
     DECISION_SOURCE_FALLBACK: _ClassVar[DecisionSource]
+    DECISION_SOURCE_OPERATOR: _ClassVar[DecisionSource]
 DECISION_SOURCE_UNKNOWN: DecisionSource
 DECISION_SOURCE_POLICY: DecisionSource
 DECISION_SOURCE_FALLBACK: DecisionSource
+DECISION_SOURCE_OPERATOR: DecisionSource
 
 class PolicyRequest(_message.Message):
     __slots__ = ("version", "state", "field_reports")

@@ -11,10 +11,7 @@ has lost records would let decisions happen twice.
 
 import errno
 import os
-import re
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,28 +19,15 @@ from typing import Any, Self
 
 from tolaria.errors import WalError
 from tolaria.recovery.fsops import FileOps
-from tolaria.recovery.wal.records import (
-    FIRST_PREV,
-    Scanned,
-    WalKind,
-    WalRecord,
-    chained,
-    encode,
-    encode_body,
-    link,
-    scan,
-)
+from tolaria.recovery.wal.reading import SEAL, read_log, seal_bytes
+from tolaria.recovery.wal.records import WalKind, WalRecord, encode, encode_body, link
 
 RESERVE_BYTES = 16 * 1024 * 1024
 GROWTH_BYTES = 64 * 1024
 ROTATE_BYTES = 1024 * 1024
 # A run that never commits a checkpoint must not outgrow what a start accepts to read.
 LARGE_BYTES = 16 * ROTATE_BYTES
-MAX_SEGMENT_BYTES = 4 * LARGE_BYTES
-SEAL, RESERVE = "SEAL", "RESERVE"
-_SEGMENT = re.compile(r"([0-9]{20})\.log", re.ASCII)
-_SEAL = struct.Struct("<4sQI")
-_MAGIC = b"TSEA"
+RESERVE = "RESERVE"
 
 
 class Wal:
@@ -165,7 +149,7 @@ class Wal:
         reserve = self.root / RESERVE
         if not os.path.lexists(reserve) and self._has_room():
             self._fs.reserve_file(reserve, RESERVE_BYTES)
-        self._fs.replace_file(self.root / SEAL, _seal(self._lsn))
+        self._fs.replace_file(self.root / SEAL, seal_bytes(self._lsn))
         self._seal_fd = self._fs.open_existing(self.root / SEAL)
         self._new_segment()
 
@@ -190,7 +174,7 @@ class Wal:
         self._fs.write_all_at(self._fd, raw, self._end)
         self._fs.datasync(self._fd)
         self._end, self._lsn, self._prev = needed, self._lsn + 1, link(raw)
-        self._fs.write_all_at(self._seal_fd, _seal(self._lsn), 0)
+        self._fs.write_all_at(self._seal_fd, seal_bytes(self._lsn), 0)
 
     def _use_reserve(self) -> None:
         self.low_space = True
@@ -203,54 +187,13 @@ class Wal:
         self._new_segment()
 
 
-def _seal(lsn: int) -> bytes:
-    head = _SEAL.pack(_MAGIC, lsn, 0)[:12]
-    return head + struct.pack("<I", zlib.crc32(head))
-
-
-def _sealed(root: Path, fs: FileOps) -> int:
-    """The lsn that the seal names; 0 when there is none or a crash tore it."""
-    if not os.path.lexists(root / SEAL):
-        return 0
-    raw = fs.read_file(root / SEAL, 4096)
-    if len(raw) != _SEAL.size:
-        return 0
-    magic, lsn, checksum = _SEAL.unpack(raw)
-    return int(lsn) if magic == _MAGIC and checksum == zlib.crc32(raw[:12]) else 0
-
-
 def _recover(root: Path, fs: FileOps) -> tuple[list[WalRecord], bytes]:
     """All records, and the link to the last. Wipes out a torn end and an unfinished last segment."""
-    names = [name for name in fs.list_dir(root) if _SEGMENT.fullmatch(name)]
-    segments = {name: _segment(root / name, fs) for name in names}
-    broken = [name for name in names[:-1] if not segments[name].clean or not segments[name].records]
-    if broken:
-        raise WalError(f"{broken[0]}: damaged at byte {segments[broken[0]].end}")
-    records, prev = [], FIRST_PREV
-    for record, link_to_it in chained(part for name in names for part in segments[name].records):
-        records.append(record)
-        prev = link_to_it
-    sealed = _sealed(root, fs)
-    if sealed > len(records):
-        raise WalError(
-            f"the log ends at record {len(records)}, but record {sealed} was durable: its end is damaged or missing"
-        )
-    if names and not segments[names[-1]].records:
-        fs.unlink(root / names[-1])
+    found = read_log(root, fs)
+    last = found.segments[-1] if found.segments else None
+    if last is not None and not last.scanned.records:
+        fs.unlink(root / last.name)
         fs.fsync_dir(root)
-    elif names and not segments[names[-1]].clean:
-        end, size = segments[names[-1]].end, segments[names[-1]].size
-        fs.wipe(root / names[-1], end, size - end)
-    return records, prev
-
-
-def _segment(path: Path, fs: FileOps) -> Scanned:
-    try:
-        scanned = scan(fs.read_file(path, MAX_SEGMENT_BYTES))
-    except WalError as error:
-        raise WalError(f"{path.name}: {error}") from error
-    if scanned.records:
-        first = scanned.records[0][0]
-        if first.kind != WalKind.OPEN or first.lsn != int(path.stem):
-            raise WalError(f"{path.name}: does not begin with the record of its start")
-    return scanned
+    elif last is not None and not last.scanned.clean:
+        fs.wipe(root / last.name, last.scanned.end, last.scanned.size - last.scanned.end)
+    return found.records, found.link
