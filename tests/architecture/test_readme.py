@@ -13,6 +13,8 @@ MINE = "python -m tolaria.launch --task my_model:make_task"
 SERVICE = "--tamiyo.endpoint ipc:///tmp/policy.sock --tamiyo.key_file keys/shared.key"
 SERVE = "-m tolaria.tamiyo.server --policy my_policy:OneSeed --bind ipc:///tmp/policy.sock --key-file keys/shared.key"
 TASK_PAGE = "tests/integration/test_docs_task.py"
+POLICY_PAGE = "tests/integration/test_docs_policy.py"
+GROW_ONCE = "my_policy:GrowOnce"
 TUMOURS = "-m tolaria.launch --task tumours:make_task"
 TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make demo": ("tests/integration/test_demo.py", '"demo"'),
@@ -33,8 +35,23 @@ TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make faults": ("Makefile", "--faults"),
     f"python {TUMOURS} --task.args.width 8 --train.epochs 20 --debug": (TASK_PAGE, f'"python {TUMOURS}'),
     f"torchrun --nproc_per_node=2 {TUMOURS} --train.epochs 20": (TASK_PAGE, f'"torchrun --nproc_per_node=2 {TUMOURS}'),
+    f"tolaria policy test {GROW_ONCE} --arg patience=2": (POLICY_PAGE, 'command("tolaria policy test my_policy")'),
+    f"tolaria policy replay runs/mine {GROW_ONCE} --arg patience=4": (POLICY_PAGE, 'command("tolaria policy replay")'),
+    "tolaria policy test --endpoint ipc:///tmp/policy.sock --key-file keys/shared.key": (
+        POLICY_PAGE, 'command("tolaria policy test --endpoint")',
+    ),
+    "node launch/examples/policy.mjs ipc:///tmp/policy.sock keys/shared.key": (
+        POLICY_PAGE, 'command("node launch/examples")',
+    ),
+    f"python -m tolaria.launch --tamiyo.policy {GROW_ONCE} --tamiyo.args.patience 2": (
+        POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.policy")',
+    ),
+    f"python -m tolaria.launch --tamiyo.shadow {GROW_ONCE}": (
+        POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.shadow")',
+    ),
+    f"python -m tolaria.launch {SERVICE}": (POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.endpoint")'),
     f"{MINE} {SERVICE}": (EXAMPLES, "--tamiyo.endpoint ipc:///tmp/policy.sock"),
-}
+}  # fmt: skip
 
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
