@@ -54,14 +54,14 @@ from tolaria.watch import watch_ranks
 
 
 def train(
-    config: Config, *, task: Callable[..., Task] | None = None, began: float | None = None, until: int = 0
+    config: Config, *, task: Callable[..., Task] | None = None, until: int = 0, began: float | None = None
 ) -> RunSummary:
     """Train as configured and return the summary, the same that ends up in summary.json.
 
     Every rank calls it: under torchrun in each process, without it in the one process there is. ``task`` replaces
-    ``config.task.factory`` by a function of the calling script. ``began``: since when the time of the run counts, on
-    `time.perf_counter`; None: now. ``until``: stop after this step as if asked to, with everything planned as it was;
-    0: go on to the end. Raises TolariaError; the run directory then tells how far the run came.
+    ``config.task.factory`` by a function of the calling script. ``until``: stop after this step as if asked to, with
+    everything planned as it was; 0: go on to the end. ``began``: since when the time of the run counts, on
+    `time.perf_counter`; None: now. Raises TolariaError; the run directory then tells how far the run came.
     """
     began = time.perf_counter() if began is None else began
     with ExitStack() as cleanup:

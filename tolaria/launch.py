@@ -41,7 +41,7 @@ def run(config: Config, *, until: int = 0) -> int:
     try:
         from tolaria.build import train  # noqa: PLC0415 - seconds of importing torch
 
-        train(config, began=began, until=until)
+        train(config, until=until, began=began)
     except TolariaError as error:
         # One line: what a task raised may have many.
         text = " ".join(str(error).split())

@@ -98,8 +98,11 @@ class RunStatus:
         if self.metrics is not None and state.step % self.config.log.interval_steps == 0:
             # The loss is this rank's part: the mean over ranks is in the boundary's event.
             alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            self.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
+            rates = {f"lr/{name}": state.lr.lr_at(name, state.step - 1) for name in state.lr.groups}
+            rate = rates.pop(f"lr/{HOST_GROUP}")
+            self.metrics.write(
+                state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **rates, **alphas
+            )  # fmt: skip
         if self.progress.step_due():
             self._show_step(result)
 

@@ -44,9 +44,9 @@ ADDRESS_NAME = "operator.json"
 MAX_WAITING = 64
 MAX_REMEMBERED = 256
 WAKE_S = 0.1
-URGENT = frozenset({STOP, PAUSE, EMERGENCY})
 LINGER_S, CLOSE_S = 1.0, 5.0
 """For the answer to who asked the run to stop, on a busy machine."""
+URGENT = frozenset({STOP, PAUSE, EMERGENCY})
 
 
 class Waiting(NamedTuple):

@@ -37,9 +37,8 @@ ENDED_S = 30.0
 
 # What a replay does without: whom it would ask, what it would save on the way, and what only people look at.
 _OFF = (
-    "--run.resume=no", "--tamiyo.policy=none", "--tamiyo.endpoint=", "--tamiyo.shadow=",
-    "--tamiyo.record=false", "--checkpoint.every=0", "--recovery.snapshot_steps=0",
-    "--profile.enabled=false", "--log.progress=off",
+    "--run.resume=no", "--tamiyo.policy=none", "--tamiyo.endpoint=", "--tamiyo.shadow=", "--tamiyo.record=false",
+    "--checkpoint.every=0", "--recovery.snapshot_steps=0", "--profile.enabled=false", "--log.progress=off",
 )  # fmt: skip
 
 

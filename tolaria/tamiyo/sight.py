@@ -160,8 +160,8 @@ class SlotSight:
     def advance(self, *, reason: str = "") -> Command:
         """The command that leads the seed on to its next stage. Raises ValueError for a slot without one that grows."""
         if self.stage not in FORWARD:
-            known = ", ".join(stage.name for stage in FORWARD)
-            raise ValueError(f"slot {self.name!r} is {self.stage.name}: expected a stage of {known}")
+            stages = ", ".join(stage.name for stage in FORWARD)
+            raise ValueError(f"slot {self.name!r} is {self.stage.name}: expected one of {stages}")
         return seed_command(FORWARD[self.stage], self.name, reason=reason)
 
     def _number(self, key: str, missing: float) -> float:
