@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import click
 import typer
 
+from tolaria.cli import logs, policy, runs, status, top, why
+from tolaria.cli.attempt import attempt
 from tolaria.cli.audit import audit
 from tolaria.cli.export import export
+from tolaria.cli.replay import replay
 from tolaria.cli.report import report
 from tolaria.cli.send import send, undo
 from tolaria.cli.verify import verify
@@ -30,10 +33,18 @@ app = typer.Typer(
 
 app.command("audit")(audit)
 app.command("export")(export)
+app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
+app.add_typer(policy.app, name="policy")
+app.command("replay")(replay)
 app.command("report")(report)
+app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
+app.command("status", epilog=status.EXAMPLES)(status.status)
+app.command("top", epilog=top.EXAMPLES)(top.top)
+app.command("try")(attempt)
 app.command("undo")(undo)
 app.command("verify")(verify)
+app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,10 +12,9 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tolaria.config import RunConfig
-from tolaria.dist import Peers
 from tolaria.errors import RunDirError, RunLocked
 from tolaria.process import boot_id
 from tolaria.rundir.choice import (
@@ -41,6 +40,10 @@ from tolaria.rundir.ownership import (
     unusable,
     write_fence,
 )
+
+if TYPE_CHECKING:
+    # Who only looks at run directories has no need of torch.
+    from tolaria.dist import Peers
 
 __all__ = [
     "RunDir", "open_run", "Resume", "Choice", "choose", "default_path", "find_newest", "find_restart",
@@ -91,7 +94,7 @@ class RunDir:
 
 
 def open_run(
-    run: RunConfig, peers: Peers, *, generation: str, agent: str | None, now: datetime, fs: DirectoryOps
+    run: RunConfig, peers: "Peers", *, generation: str, agent: str | None, now: datetime, fs: DirectoryOps
 ) -> RunDir:
     """Choose, create, lock and fence the run directory. Collective; blocks for a broadcast.
 

@@ -1,5 +1,6 @@
 """The files of a run directory, read while the run may be writing them.
 
+LOCK             who trains here                       tolaria/rundir/ownership.py
 config.toml      as it was started                     tolaria/options.py
 events.jsonl     what happened, rank 0's lines and those of the others, one JSON object a line
 metrics.jsonl    numbers of steps
@@ -11,16 +12,18 @@ import fcntl
 import json
 import os
 import struct
+import tomllib
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from tolaria.errors import RunDirError
 from tolaria.rundir.ownership import FENCE_NAME, LOCK_NAME
+from tolaria.view.tail import parsed
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
-_FLOCK = struct.Struct("@hhqqi0q")
-"""Linux's struct flock: type, whence, start, length, process."""
+_FLOCK = "@hhqqi0q"
+_ASK_FOR_LOCK = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class RunFiles:
@@ -30,17 +33,50 @@ class RunFiles:
         self.path = path
 
     @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.resolve().name
+
+    @property
     def alive(self) -> bool:
-        """Whether a process holds the run's lock on this machine. No other machine can be asked."""
+        """Whether a process holds the run's lock on this machine; `host` says which machine that would be."""
+        return self.holder is not None
+
+    @property
+    def holder(self) -> int | None:
+        """The process that holds the run's lock on this machine, None for nobody here."""
         try:
             with (self.path / LOCK_NAME).open("rb") as file:
-                # Only asked for: taking the lock, for however short, could make a start fail.
-                answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
-                return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+                # Asked for, not taken: a start that wants the lock at this moment must get it.
+                found = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, _ASK_FOR_LOCK))
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             raise _unreadable(self.path / LOCK_NAME, error) from error
+        return int(found[4]) if found[0] != fcntl.F_UNLCK else None
+
+    @property
+    def host(self) -> str:
+        """The machine of the last start's rank 0; empty where it is not told."""
+        try:
+            words = (self.path / LOCK_NAME).read_bytes()[:300].decode(errors="replace").split()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise _unreadable(self.path / LOCK_NAME, error) from error
+        return words[1] if len(words) == 2 else ""
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the last start, empty where there is none. Raises RunDirError for what is no TOML."""
+        path = self.path / "config.toml"
+        try:
+            return tomllib.loads(path.read_text(errors="replace"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except tomllib.TOMLDecodeError as error:
+            raise RunDirError(f"{path}: not valid TOML ({error})") from error
 
     def events(self, kinds: Container[str] | None = None) -> Iterator[dict[str, Any]]:
         """The run's events in the order of writing, of all ranks; only of these kinds where given."""
@@ -93,11 +129,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             for raw in file:
                 if not raw.endswith(b"\n"):
                     return  # still being written
-                try:
-                    record = json.loads(raw)
-                except ValueError:
-                    continue  # a line that a crash has cut short; the next start began a new one
-                if isinstance(record, dict):
+                record = parsed(raw)
+                if record is not None:
                     yield record
     except FileNotFoundError:
         return
