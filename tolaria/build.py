@@ -26,6 +26,7 @@ from tolaria.loop import Parts, Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
 from tolaria.options import to_toml
+from tolaria.outlets import open_outlets
 from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
 from tolaria.record import RunRecord
@@ -43,12 +44,12 @@ from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState
 from tolaria.step import TrainStep
+from tolaria.steplog import StepLog
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo.client import open_client
 from tolaria.tamiyo.embedded import EmbeddedPolicy
 from tolaria.task import Task, load_task
 from tolaria.telemetry.events import EventLog
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
@@ -125,6 +126,7 @@ def _assemble(
     stop: StopFlag,
     cleanup: ExitStack,
 ) -> Trainer:
+    metrics = open_outlets(config, world, run, events, cleanup)
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
@@ -157,8 +159,7 @@ def _assemble(
     profiler = cleanup.enter_context(closing(make_profiler(config.profile, events, run.path, world)))
     trainer = Trainer(
         Parts(
-            config=config, world=world,
-            task=task, state=state, loader=loader,
+            config=config, world=world, task=task, state=state, loader=loader,
             step=TrainStep(state, replica, events, debug=config.train.debug, phases=profiler.phases),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
@@ -166,7 +167,8 @@ def _assemble(
                         writer=_writer(config, world, run, journal, cleanup)),
             alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
                         signals=coordinator.signals),
-            record=record, events=events, metrics=_metrics(world, run, cleanup), progress=progress,
+            record=record, events=events, progress=progress,
+            steplog=StepLog(state, events, metrics, interval_steps=config.log.interval_steps) if metrics else None,
             profiler=profiler, stop=stop, facts=facts,
         )
     )  # fmt: skip
@@ -282,14 +284,6 @@ def _writer(config: Config, world: World, run: RunDir, journal: Journal, cleanup
     )  # fmt: skip
     cleanup.callback(writer.close)
     return writer
-
-
-def _metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None:
-    if not world.is_coordinator:
-        return None
-    metrics = MetricsLog(run.path / "metrics.jsonl")
-    cleanup.callback(metrics.close)
-    return metrics
 
 
 def _write_config(config: Config, run: RunDir) -> None:

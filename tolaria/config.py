@@ -13,6 +13,7 @@ from tolaria.config_aggregate import AggregateConfig
 from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, doc, require, require_range
 from tolaria.config_profile import ProfileConfig
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
+from tolaria.config_telemetry import TelemetryConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
 
 Scalar: TypeAlias = bool | int | float | str
@@ -260,6 +261,7 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:

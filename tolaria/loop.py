@@ -41,11 +41,11 @@ from tolaria.recovery.page import Phase
 from tolaria.saving import Saver
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.step import StepResult, TrainStep
+from tolaria.steplog import StepLog
 from tolaria.streams import rng_tensors
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters, Rate
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.pace import Pace
 from tolaria.telemetry.progress import Progress, StepInfo
 from tolaria.telemetry.split import Split
@@ -72,7 +72,7 @@ class Parts:
     alarm: Alarm
     record: RunRecord
     events: EventLog
-    metrics: MetricsLog | None
+    steplog: StepLog | None
     progress: Progress
     profiler: Unprofiled
     stop: StopFlag
@@ -214,11 +214,8 @@ class Trainer:
         self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
-        if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
-            # The loss is this rank's part: the mean over ranks is in the boundary's event.
-            alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
+        if parts.steplog is not None:
+            parts.steplog.stepped(result.loss, seconds)
         if parts.progress.step_due():
             sampler = state.sampler
             parts.progress.step(
