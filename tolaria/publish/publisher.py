@@ -1,15 +1,17 @@
 """A run's telemetry over ZeroMQ PUB: a sink of which subscribers come and go, none of whom the run waits for.
 
-    frame 1    INFO | WARNING | ERROR | CRITICAL, to subscribe by
+    frame 1    INFO | WARNING | ERROR | CRITICAL | CRITICAL.AGAIN, to subscribe by
     frame 2    a TelemetryPacket
 
-A subscriber that does not read loses packets once its queue is full, and sees it by their numbers. A critical packet
-for which somebody has had no room is sent again, with the number it had, when everybody has room; so one may come
-twice. Packets are neither signed nor encrypted: an endpoint is a file that only its user can open, or on the loopback.
+A subscriber that does not read loses packets once its queue is full, and sees it by their numbers. Critical ones are
+therefore sent again, as they were, after 1, 2, 4, ... and then every 60 seconds, and once more at the end: who reads
+again, or comes late, has them within a minute, and knows them by their numbers. Packets are neither signed nor
+encrypted: an endpoint is a file that only its user can open, or on the loopback.
 """
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import zmq
@@ -24,7 +26,10 @@ from tolaria.telemetry.sinks.record import Record
 KEY = "telemetry.publish"
 LINGER_MS = 1000
 BIND_S = 5.0
-MOST_OWED = 256
+AGAIN = b"CRITICAL.AGAIN"
+AGAIN_AFTER_S = 1.0
+LONGEST_S = 60.0
+MOST_REPEATED = 64
 MAX_SUBSCRIPTION_BYTES = 1024
 
 
@@ -45,11 +50,14 @@ class Publisher:
 
     name = "publish"
 
-    def __init__(self, endpoint: str, maker: Maker, *, queue_packets: int) -> None:
+    def __init__(
+        self, endpoint: str, maker: Maker, *, queue_packets: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         checked = telemetry_endpoint(endpoint, KEY)
         require_free(checked, KEY)
         self._maker = maker
-        self._owed: deque[list[bytes]] = deque(maxlen=MOST_OWED)
+        self._clock = clock
+        self._repeated: deque[_Repeated] = deque(maxlen=MOST_REPEATED)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, queue_packets)
@@ -70,33 +78,26 @@ class Publisher:
     def write(self, record: Record) -> None:
         """Send the record's packet to whoever has room for it."""
         packet = self._maker.make(record)
-        frames = [packet.level.name.encode(), encode_telemetry(packet)]
-        if packet.level is TelemetryLevel.CRITICAL and not self._to_all(frames):
-            self._owed.append(frames)
-            self._socket.send_multipart(frames)
-        elif packet.level is not TelemetryLevel.CRITICAL:
-            self._socket.send_multipart(frames)
+        raw = encode_telemetry(packet)
+        self._socket.send_multipart([packet.level.name.encode(), raw])
+        if packet.level is TelemetryLevel.CRITICAL:
+            self._repeated.append(_Repeated(raw, self._clock() + AGAIN_AFTER_S))
 
     def flush(self) -> None:
-        """Send again what was critical and somebody had no room for."""
-        while self._owed and self._to_all(self._owed[0]):
-            self._owed.popleft()
+        """Send again what is critical and due."""
+        now = self._clock()
+        for entry in self._repeated:
+            if now >= entry.due:
+                self._socket.send_multipart([AGAIN, entry.raw])
+                entry.wait_s = min(2 * entry.wait_s, LONGEST_S)
+                entry.due = now + entry.wait_s
 
     def close(self) -> None:
         """Unbind, after subscribers had LINGER_MS to take what is kept for them."""
+        for entry in self._repeated:
+            self._socket.send_multipart([AGAIN, entry.raw])
         self._socket.close(linger=LINGER_MS)
         self._context.term()
-
-    def _to_all(self, frames: list[bytes]) -> bool:
-        """Send to all subscribers, or to none and False if one of them has no room."""
-        self._socket.setsockopt(zmq.XPUB_NODROP, 1)
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        finally:
-            self._socket.setsockopt(zmq.XPUB_NODROP, 0)
-        return True
 
     def _bind(self, endpoint: str) -> None:
         deadline = time.monotonic() + BIND_S
@@ -110,6 +111,15 @@ class Publisher:
             else:
                 return
             time.sleep(0.1)
+
+
+class _Repeated:
+    """A critical packet, when it is to be sent again, and how long after that."""
+
+    def __init__(self, raw: bytes, due: float) -> None:
+        self.raw = raw
+        self.due = due
+        self.wait_s = AGAIN_AFTER_S
 
 
 def telemetry_endpoint(url: str, key: str) -> Endpoint:

@@ -1,5 +1,6 @@
 """The other end of `Publisher`: receives a run's packets and counts what did not come."""
 
+from collections import deque
 from collections.abc import Collection
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from tolaria.leyline.codec import decode_telemetry
 from tolaria.leyline.types import TelemetryLevel
 from tolaria.leyline.types_telemetry import TelemetryPacket
 from tolaria.publish.packets import sequence_of
-from tolaria.publish.publisher import telemetry_endpoint
+from tolaria.publish.publisher import AGAIN, MOST_REPEATED, telemetry_endpoint
 
 REMEMBERED = 4096
 QUEUE_PACKETS = 1000
@@ -33,8 +34,10 @@ class Subscriber:
         self.missed = 0
         self.refused = 0
         self._start = ""
+        self._first = 1
         self._newest = 0
         self._gaps: set[int] = set()
+        self._repeated: deque[str] = deque(maxlen=2 * MOST_REPEATED)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, queue_packets)
@@ -52,7 +55,7 @@ class Subscriber:
             frames = self._socket.recv_multipart()
             try:
                 packet = decode_telemetry(frames[1]) if len(frames) == 2 else None
-                fresh = packet is not None and self._is_new(packet.packet_id)
+                fresh = packet is not None and self._is_new(packet.packet_id, again=frames[0] == AGAIN)
             except (MessageRejected, ValueError):
                 packet, fresh = None, False
             if packet is None:
@@ -74,13 +77,16 @@ class Subscriber:
     ) -> None:
         self.close()
 
-    def _is_new(self, packet_id: str) -> bool:
+    def _is_new(self, packet_id: str, *, again: bool) -> bool:
         start, number = sequence_of(packet_id)
+        if again and start != self._start:
+            return self._is_first_time(packet_id)  # from before this subscriber came; begins no count
         if start != self._start:
-            self._start, self._newest = start, number - 1
+            self._start, self._first, self._newest = start, number, number - 1
             self._gaps.clear()
         if number <= self._newest:
-            # A critical one that is sent again: late, or a second time.
+            if number < self._first:
+                return self._is_first_time(packet_id)
             late = number in self._gaps
             self._gaps.discard(number)
             self.missed -= late
@@ -88,4 +94,9 @@ class Subscriber:
         self.missed += number - self._newest - 1
         self._gaps.update(range(max(self._newest + 1, number - REMEMBERED), number))
         self._newest = number
-        return True
+        return not again or self._is_first_time(packet_id)
+
+    def _is_first_time(self, packet_id: str) -> bool:
+        first = packet_id not in self._repeated
+        self._repeated.append(packet_id)
+        return first
