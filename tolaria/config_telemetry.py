@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tolaria.config_fields import doc, require
+from tolaria.config_fields import NOT_NEGATIVE, doc, require, require_range
 
 IN_RUN = "run"
 
@@ -15,6 +15,7 @@ class TelemetryConfig:
     prometheus: str = doc("", "HOST:PORT that Prometheus scrapes, as 127.0.0.1:9464; empty: off")
     tensorboard: str = doc("", "TensorBoard's event files: run (<run>/tensorboard) | a folder; empty: off")
     wandb: str = doc("", "project at Weights & Biases (pip install wandb); empty: off")
+    interval_s: float = doc(0.5, "seconds between the numbers of steps that sinks get, at least; boundaries: all")
     queue_records: int = doc(4096, "records that wait for each sink; further ones are dropped and counted")
 
     def __post_init__(self) -> None:
@@ -24,6 +25,7 @@ class TelemetryConfig:
             host, colon, port = self.prometheus.rpartition(":")
             ok = bool(host and colon) and port.isascii() and port.isdigit() and int(port) <= 65535
             require(ok, "telemetry.prometheus", self.prometheus, "HOST:PORT, as 127.0.0.1:9464")
+        require_range(self, "telemetry", NOT_NEGATIVE, "interval_s")
         require(16 <= self.queue_records <= 10**6, "telemetry.queue_records", self.queue_records, "16 to 1000000")
 
     @property

@@ -42,10 +42,12 @@ def open_outlets(
     sinks = _sinks(config, run, events, totals)
     listener = None
     if sinks:
-        fan = Fan(sinks, queue_records=config.telemetry.queue_records, tell=events.emit)
+        asked = config.telemetry
+        fan = Fan(sinks, queue_records=asked.queue_records, interval_s=asked.interval_s, tell=events.emit)
         cleanup.callback(fan.close)
         totals["sink_lost_records"] = lambda: fan.lost
         events.listener = listener = fan.put
+        events.emit("sinks_opened", where={sink.name: sink.where for sink in sinks})
         if world.world_size > 1:
             cleanup.callback(Follower(run.path / "events.jsonl", run.run_id, fan.put).close)
     metrics = MetricsLog(run.path / "metrics.jsonl", listener=listener)

@@ -1,4 +1,4 @@
-"""The benchmarks of the step and of the control lane run, and what they write is whole. Their times judge nothing."""
+"""The benchmarks of step, control lane and telemetry run, and what they write is whole. Their times judge nothing."""
 
 import json
 import subprocess
@@ -46,3 +46,15 @@ def test_an_agreement_is_measured_at_every_distance_beside_the_step_and_in_its_w
         (2**power, overlapped) for power in range(7) for overlapped in (True, False)
     ]
     assert found["step_us"] > 0 and found["agreement_us"] > 0 and 1 <= found["chosen"] <= 64
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(200)
+def test_steps_are_measured_without_sinks_with_them_and_with_them_in_trouble(tmp_path: Path) -> None:
+    found = quick("telemetry", tmp_path, "--rounds", "2")["mlp"]
+    assert list(found["sides"]) == ["off", "on", "trouble"] and found["put_us"] > 0
+    for side in found["sides"].values():
+        assert side["us"]["count"] == side["ratio"]["count"] == 2 and side["us"]["median"] > 0
+    assert found["sides"]["off"]["ratio"]["median"] == 1.0
+    assert found["lost"]["trouble"]["tensorboard"] > 0, "the disk was not full"
+    assert set(found["lost"]["on"].values()) == {0}

@@ -135,7 +135,7 @@ def connected(fan: Fan, subscriber: Subscriber) -> None:
 
 def test_every_packet_arrives_once_and_in_order(opened: Callable[..., tuple[Fan, Publisher, Told]]) -> None:
     fan, sink, _ = opened()
-    with Subscriber(sink.url) as subscriber:
+    with Subscriber(sink.where) as subscriber:
         connected(fan, subscriber)
         for _ in range(200):
             put(fan, **STEP_FIELDS)
@@ -149,7 +149,7 @@ def test_every_packet_arrives_once_and_in_order(opened: Callable[..., tuple[Fan,
 
 def test_a_subscriber_may_want_only_what_is_grave(opened: Callable[..., tuple[Fan, Publisher, Told]]) -> None:
     fan, sink, _ = opened()
-    with Subscriber(sink.url) as all_of_it, Subscriber(sink.url, levels=[TelemetryLevel.CRITICAL]) as grave:
+    with Subscriber(sink.where) as all_of_it, Subscriber(sink.where, levels=[TelemetryLevel.CRITICAL]) as grave:
         connected(fan, all_of_it)
         put(fan, **STEP_FIELDS)
         put(fan, "halted", "critical")
@@ -189,7 +189,7 @@ def test_what_is_critical_is_sent_again_ever_more_seldom_and_who_comes_late_has_
     now = [0.0]
     sink = Publisher("tcp://127.0.0.1:*", maker(), queue_packets=1000, clock=lambda: now[0])
     sink.write(record("halted", 5, "critical"))
-    with Subscriber(sink.url) as late:
+    with Subscriber(sink.where) as late:
         times, got = list[float](), []
         while now[0] < 400:
             sink.write(record("step", 6 + int(now[0]), **STEP_FIELDS))
@@ -213,7 +213,7 @@ def test_a_stopped_subscriber_is_not_waited_for_and_still_gets_what_was_critical
     opened: Callable[..., tuple[Fan, Publisher, Told]],
 ) -> None:
     fan, sink, told = opened(queue=50)
-    with stopped_child(sink.url) as child, Subscriber(sink.url) as other:
+    with stopped_child(sink.where) as child, Subscriber(sink.where) as other:
         connected(fan, other)
         assert child.stdout is not None
         while not select.select([child.stdout], [], [], 0.1)[0]:
@@ -290,7 +290,7 @@ def test_an_endpoint_that_is_taken_is_refused(
     monkeypatch.setattr(publisher_module, "BIND_S", 0.1)
     _, sink, _ = opened()
     with pytest.raises(ConfigError, match=r"cannot bind \(Address already in use"):
-        Publisher(sink.url, maker(), queue_packets=10)
+        Publisher(sink.where, maker(), queue_packets=10)
     (tmp_path / "f").write_text("a file of the user's")
     with pytest.raises(ConfigError, match="exists and is not a socket"):
         Publisher(f"ipc://{tmp_path}/f", maker(), queue_packets=10)

@@ -55,7 +55,7 @@ class Told:
 class Kept:
     """A sink that keeps what it gets; ``meet`` is called with each record first."""
 
-    name = "kept"
+    name = where = "kept"
 
     def __init__(self, meet: Callable[[Record], object] = lambda _: None) -> None:
         self.records: list[Record] = []
@@ -205,6 +205,19 @@ def test_what_a_resting_sink_never_got_is_counted_at_the_end() -> None:
     assert fan.lost == {"kept": 7} and sink.closed
 
 
+def test_fast_steps_are_thinned_but_never_events_or_the_first_of_a_branch() -> None:
+    sink = Kept()
+    fan = Fan([sink], queue_records=100, tell=Told(), interval_s=0.5)
+    for at, (kind, branch, ms) in enumerate(
+        [("step", 0, 0), ("step", 0, 100), ("boundary", 0, 200), ("boundary", 0, 201), ("step", 0, 500),
+         ("step", 1, 501), ("step", 1, 900), ("step", 1, 100), ("step", 1, 700)]
+    ):  # fmt: skip
+        fan.put(kind, "info", {}, rank=0, step=at, branch=branch, wall_ns=ms * 10**6)
+    fan.close()
+    assert [got.step for got in sink.records] == [0, 2, 3, 4, 5, 7, 8]
+    assert sink.numbers == [1, 2, 3, 4, 5, 6, 7] and fan.lost == {"kept": 0}  # nothing is missing
+
+
 # Other ranks
 
 
@@ -317,7 +330,7 @@ def samples(page: str) -> dict[tuple[str, ...], float]:
 
 
 def scraped(sink: PrometheusSink) -> dict[tuple[str, ...], float]:
-    with urllib.request.urlopen(sink.url, timeout=10) as answer:  # noqa: S310
+    with urllib.request.urlopen(sink.where, timeout=10) as answer:  # noqa: S310
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         return samples(answer.read().decode())
 
@@ -375,7 +388,7 @@ def test_the_page_is_made_once_a_second_however_often_it_is_asked_for() -> None:
 
 def test_a_port_that_is_taken_is_one_line(endpoint: PrometheusSink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrape, "BIND_S", 0.1)
-    port = int(endpoint.url.split(":")[2].split("/")[0])
+    port = int(endpoint.where.split(":")[2].split("/")[0])
     with pytest.raises(ConfigError, match=rf"^telemetry\.prometheus=127\.0\.0\.1:{port}: .*Address already in use"):
         PrometheusSink(("127.0.0.1", port), {"run_id": "r", "name": "n"}, {})
 

@@ -71,7 +71,7 @@ class Publisher:
             raise
 
     @property
-    def url(self) -> str:
+    def where(self) -> str:
         """Where to subscribe, with the port that a ``*`` became."""
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

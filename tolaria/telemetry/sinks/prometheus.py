@@ -101,7 +101,7 @@ class PrometheusSink:
         self._server = ScrapeServer(address, self.page, prometheus_client.CONTENT_TYPE_LATEST)
 
     @property
-    def url(self) -> str:
+    def where(self) -> str:
         """Where it is scraped."""
         return self._server.url
 

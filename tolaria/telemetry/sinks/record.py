@@ -39,6 +39,11 @@ class Sink(Protocol):
         """As events and counters call it."""
         ...
 
+    @property
+    def where(self) -> str:
+        """Where what it is given can be found."""
+        ...
+
     def write(self, record: Record) -> None:
         """Take one record; may block."""
         ...

@@ -43,6 +43,11 @@ class TensorBoardSink:
         self._branch = -1
         self._files = 0
 
+    @property
+    def where(self) -> str:
+        """The folder of all branches."""
+        return str(self._folder)
+
     def write(self, record: Record) -> None:
         """Add the record's numbers; those of another branch begin a file in its folder."""
         points = points_of(record)

@@ -33,6 +33,11 @@ class WeightsBiasesSink:
         }  # fmt: skip
         self._run: Any = None
 
+    @property
+    def where(self) -> str:
+        """The project."""
+        return str(self._settings["project"])
+
     def write(self, record: Record) -> None:
         """Log the record's numbers."""
         points = points_of(record)
