@@ -67,7 +67,7 @@ class Comeback:
         self.rollback = rollback
         self.ring = ring
         self.journal = journal
-        self.branch = branch
+        self.branch = events.branch = branch
         self._ahead = journal.ahead(branch, state.step)
         self._spent: dict[int, tuple[str, float]] = {}
         self._gave_up: list[IncidentRecord] = []
@@ -137,7 +137,7 @@ class Comeback:
     def _resume(self, incident: Incident, restored: Restored) -> CameBack:
         own = restored.local_meta if restored.local_meta is not None else restored.first_meta
         self.guard.load_state_dict(own["guard"], whole=restored.local_meta is not None)
-        self.branch = restored.branch
+        self.branch = self.events.branch = restored.branch
         self._spent[restored.taken.branch] = (restored.source, round(sum(restored.milliseconds.values()), 1))
         self.events.emit(
             "went_back", "warning", cause=incident.cause, reason=incident.reason, from_step=incident.step,
@@ -174,7 +174,7 @@ class Comeback:
                 state.mode = Mode(conservative=True, reason=f"{taken.cause} at step {taken.from_step}", held=taken.held)
             if taken.rewarm:
                 state.lr.rewarm(state.step, taken.rewarm)
-            self.branch = taken.branch
+            self.branch = self.events.branch = taken.branch
             ended = state.sampler.turn_over() or bool(ended)
         return ended
 

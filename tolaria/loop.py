@@ -221,7 +221,7 @@ class Trainer:
         self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
-        parts.status.stepped(result)
+        parts.status.stepped(result, seconds)
 
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps

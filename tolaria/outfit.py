@@ -21,7 +21,6 @@ from tolaria.state import TrainState
 from tolaria.telemetry.board import NAME, Board, Clock, Former, read_former
 from tolaria.telemetry.goodput import Ledger
 from tolaria.telemetry.lines import warn
-from tolaria.telemetry.metrics import MetricsLog
 
 
 def make_clock(config: Config, world: World, run: RunDir, began: float, cleanup: ExitStack) -> Clock:
@@ -85,15 +84,6 @@ def make_desk(state: TrainState, world: World, run: RunDir, journal: Journal, cl
         return None
     cleanup.callback(desk.close)
     return desk
-
-
-def make_metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None:
-    """Rank 0's file of the numbers of steps."""
-    if not world.is_coordinator:
-        return None
-    metrics = MetricsLog(run.path / "metrics.jsonl")
-    cleanup.callback(metrics.close)
-    return metrics
 
 
 def write_config(config: Config, run: RunDir) -> None:

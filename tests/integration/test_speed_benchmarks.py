@@ -1,4 +1,4 @@
-"""The benchmarks of step, control lane and boundary run, and what they write is whole. Their times judge nothing."""
+"""The benchmarks of step, lane, boundary and telemetry run, and what they write is whole. Times judge nothing."""
 
 import json
 import re
@@ -85,3 +85,15 @@ def test_a_benchmark_that_fails_is_named_and_leaves_the_table_of_what_there_is(t
     assert done.returncode == 1
     assert done.stdout.endswith("failed: gpu; what they printed says why\n") and "no CUDA device" in done.stdout
     assert "# Results" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(200)
+def test_steps_are_measured_without_sinks_with_them_and_with_them_in_trouble(tmp_path: Path) -> None:
+    found = quick("telemetry", tmp_path, "--rounds", "2")["mlp"]
+    assert list(found["sides"]) == ["off", "on", "trouble"] and found["put_us"] > 0
+    for side in found["sides"].values():
+        assert side["us"]["count"] == side["ratio"]["count"] == 2 and side["us"]["median"] > 0
+    assert found["sides"]["off"]["ratio"]["median"] == 1.0
+    assert found["lost"]["trouble"]["tensorboard"] > 0, "the disk was not full"
+    assert set(found["lost"]["on"].values()) == {0}
