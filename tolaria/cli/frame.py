@@ -18,7 +18,6 @@ from tolaria.view.why import Answer, Urgency, unusual
 
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 GAP = 2
-CURVE_POINTS = 600
 LABEL = 9
 MIN_EVENTS = 3
 
@@ -74,9 +73,9 @@ def _curves(view: View, width: int, height: int, *, plain: bool) -> list[Text]:
     if not losses:
         losses = [(float(b.step), b.train_loss) for b in view.course.boundaries if b.train_loss is not None]
     accuracy = [(float(b.step), b.val_accuracy) for b in view.course.boundaries if b.val_accuracy is not None]
-    loss = draw(thinned(losses, CURVE_POINTS), validation, width=left, height=height, plain=plain,
+    loss = draw(thinned(losses, left), validation, width=left, height=height, plain=plain,
                 label="loss, o validation")  # fmt: skip
-    gain = draw(thinned(accuracy, CURVE_POINTS), [], width=right, height=height, plain=plain, label="accuracy")
+    gain = draw(thinned(accuracy, 2 * right), [], width=right, height=height, plain=plain, label="accuracy")
     return [Text(f"{a:<{left}}{' ' * GAP}{b}") for a, b in zip(loss, gain, strict=True)]
 
 

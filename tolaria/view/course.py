@@ -4,7 +4,7 @@ A return to an earlier state, or a start from one, takes the measurements behind
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -209,6 +209,16 @@ _MEANINGS: Mapping[str, Callable[[Course, Event], None]] = {
     "seed_judged": lambda course, event: course.seeds.update({text(event.get("slot")): event}),
 }
 """What an event of rank 0 means for the course, by kind."""
+
+
+SECONDARY = frozenset({"PeerLost"})
+"""What ranks say when another one is the cause."""
+
+
+def root_cause(failures: Sequence[Event]) -> Event | None:
+    """The failure that the others follow from: the first that does not speak of another rank."""
+    own = [event for event in failures if event.get("error") not in SECONDARY]
+    return next(iter(own or failures), None)
 
 
 class CourseReader:

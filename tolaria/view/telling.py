@@ -121,7 +121,8 @@ def _committed(event: Event) -> str:
 
 
 def _judged(event: Event) -> str:
-    return f"{text(event.get('command_id'))}: {text(event.get('outcome')).lower()}" + _because(event, "effect")
+    judged = f"judged a {text(event.get('outcome')).lower()}{_because(event, 'effect')}"
+    return f"command {text(event.get('command_id'))[-12:]} {judged}"
 
 
 def _seed_judged(event: Event) -> str:
