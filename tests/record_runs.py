@@ -6,7 +6,6 @@ Tests of what is seen of a run read these; they are made anew when the events ch
 """
 
 import contextlib
-import json
 import shutil
 import signal
 import sys
@@ -126,8 +125,6 @@ def record(make: Callable[[Path], None]) -> None:
         for name in KEPT:
             if (folder / "run" / name).exists():
                 (target / name).write_text((folder / "run" / name).read_text().replace(str(folder), "/runs"))
-        committed = sorted(path.name for path in (folder / "run" / "ckpt").iterdir() if path.is_dir())
-        (target / "ckpt.json").write_text(json.dumps(committed) + "\n")
     finally:
         shutil.rmtree(folder)
 
