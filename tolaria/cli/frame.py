@@ -14,7 +14,7 @@ from tolaria.view.panels import panels
 from tolaria.view.sections import Section, headline, progress, state_style
 from tolaria.view.selection import Selection
 from tolaria.view.telling import clock, style_of, tell
-from tolaria.view.why import Answer, Urgency, unusual
+from tolaria.view.why import STYLE_OF, Answer, unusual
 
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 GAP = 2
@@ -132,7 +132,7 @@ def _foot(answers: Sequence[Answer], width: int, encoding: str, keys: str) -> li
     rows = []
     for answer in answers[:2]:
         since = f" (step {answer.since:,})" if answer.since is not None else ""
-        style = "bad" if answer.urgency == Urgency.BROKEN else "warn" if answer.urgency < Urgency.NOTE else ""
+        style = STYLE_OF[answer.urgency]
         told = printable(f"! {answer.what}{since}", encoding)
         rows.append(Text(_fit(told, width, encoding), STYLES.get(style, "")))
     if not rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from tolaria.view.tail import Tail
-from tolaria.view.values import numbers, real, text, whole
+from tolaria.view.values import items, mapping, numbers, real, text, whole
 
 Event: TypeAlias = Mapping[str, Any]
 
@@ -236,14 +236,12 @@ class CourseReader:
 
 
 def _boundary(event: Event) -> Boundary:
-    latency = event.get("latency_ms")
-    seeds = event.get("seeds")
     return Boundary(
         step=whole(event.get("step")), boundary=whole(event.get("boundary")), epoch=whole(event.get("epoch")),
         train_loss=real(event.get("train_loss")), val_loss=real(event.get("val_loss")),
         val_accuracy=real(event.get("val_accuracy")), val_noise=real(event.get("val_noise")),
         mode=text(event.get("mode")), wall_ns=whole(event.get("wall_ns")),
-        latency_ms=numbers(latency),
-        seeds={text(slot): text(stage) for slot, stage in seeds.items()} if isinstance(seeds, dict) else {},
-        own_ms=tuple(ms or 0.0 for ms in map(real, event.get("own_ms") or ())),
+        latency_ms=numbers(event.get("latency_ms")),
+        seeds={slot: text(stage) for slot, stage in mapping(event.get("seeds")).items()},
+        own_ms=tuple(real(ms) or 0.0 for ms in items(event.get("own_ms"))),
     )  # fmt: skip
