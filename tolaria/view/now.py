@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tolaria.view.course import Asked, Checkpoint, Course
+from tolaria.view.course import Asked, Checkpoint, Course, root_cause
 from tolaria.view.files import RunFiles
 from tolaria.view.ranks import Seen
 from tolaria.view.standing import GOING, State, state_of
@@ -167,10 +167,12 @@ def _told_ns(course: Course, steps: list[StepPoint], told: Mapping[str, Any]) ->
 
 def _reason(state: State, course: Course, told: Mapping[str, Any]) -> str:
     """Why it is in this state, in the words of the event that brought it there."""
-    kind = {"failed": "run_failed", "unstable": "gave_up", "halted": "halted"}.get(state, "")
+    kind = {"unstable": "gave_up", "halted": "halted"}.get(state, "")
     if state == "paused" and course.paused is not None:
         who, why = text(course.paused.get("who")), text(course.paused.get("why")) or text(course.paused.get("reason"))
         return f"by {who}" * bool(who) + ", " * bool(who and why) + why
+    if state == "failed" and (cause := root_cause(course.of_kind("run_failed", this_start=True))) is not None:
+        return f"{text(cause.get('error'))}: {text(cause.get('reason'))}"
     if kind in course.last:
         return text(course.last[kind].get("reason"))
     return text(told.get("reason"))

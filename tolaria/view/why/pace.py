@@ -21,14 +21,21 @@ WORKING = "compute"
 MUCH = 0.25
 WAIT_SHARE = 0.3
 PARTS_OF_A_BOUNDARY = {
+    "round_trip": "the policy's answer",
     "tamiyo": "the policy's answer",
     "validation": "validation",
     "signal": "measuring what seeds would get",
-    "state": "putting the report together",
+    "report": "bringing the ranks' numbers together",
     "broadcast": "telling the decision to the ranks",
-    "check": "comparing the ranks",
+    "check": "the ranks' vote",
     "apply": "carrying commands out",
+    "digest": "comparing the ranks",
+    "guard": "comparing the ranks' states",
+    "decision": "writing the decision to the log",
+    "warm_up": "trying and compiling what changed",
+    "telemetry": "telemetry",
 }
+"""In words; "boundary" is the sum of the parts that are not the user's."""
 CATEGORY_ADVICE = {
     "data wait": "More loader processes (data.num_workers), or a faster store.",
     "validation": "A smaller validation set, or fewer boundaries (train.boundary_steps).",
@@ -188,12 +195,11 @@ def slow_boundary(view: View) -> list[Answer]:
     intervals = _intervals(view)[-5:]
     if len(intervals) < 2:
         return []
-    spent = median(sum(point.latency_ms.values()) for point, _ in intervals)
+    spent = median(sum(_parts(point).values()) for point, _ in intervals)
     whole_ms = median(ms * (point.step - former.step) for (former, _), (point, ms) in pairwise(intervals))
     if whole_ms <= 0 or spent < MUCH * whole_ms:
         return []
-    last = intervals[-1][0].latency_ms
-    parts = sorted(last.items(), key=lambda item: -item[1])[:3]
+    parts = sorted(_parts(intervals[-1][0]).items(), key=lambda item: -item[1])[:3]
     shown = ", ".join(f"{PARTS_OF_A_BOUNDARY.get(name, name)} {milliseconds(ms)} ms" for name, ms in parts)
     return [
         Answer(
@@ -206,6 +212,10 @@ def slow_boundary(view: View) -> list[Answer]:
             do=CATEGORY_ADVICE["boundary"],
         )
     ]
+
+
+def _parts(point: Boundary) -> dict[str, float]:
+    return {part: ms for part, ms in point.latency_ms.items() if part != "boundary"}
 
 
 def lost_time(view: View) -> list[Answer]:
