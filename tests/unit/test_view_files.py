@@ -136,7 +136,7 @@ def test_a_return_takes_the_measurements_behind_it_off_the_course() -> None:
 
 def test_a_long_run_stays_a_short_list_of_points_with_its_end_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    count, line = 3 * MAX_POINTS, '{{"step": {0}, "wall_ns": {0}000000, "loss_rank0": 1.0}}\n'
+    count = 3 * MAX_POINTS
     path.write_text(
         "".join(json.dumps({"step": n, "wall_ns": n * 10**6, "loss_rank0": 1.0}) + "\n" for n in range(count))
     )
