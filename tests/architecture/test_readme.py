@@ -1,6 +1,7 @@
 """Every command that README.md and docs/ tell a person to type is one that a test runs."""
 
 import re
+from pathlib import Path
 
 from tests.architecture.source import ROOT
 
@@ -56,16 +57,21 @@ TESTED_COMMANDS: dict[str, tuple[str, str]] = {
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def commands_to_type() -> set[str]:
+def commands_of(*pages: Path) -> set[str]:
     """The commands of all ```sh blocks: without comments, continued lines joined."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     blocks = "".join(block for page in pages for block in SHELL_BLOCK.findall(page.read_text(encoding="utf-8")))
     lines = blocks.replace("\\\n", " ").splitlines()
     return {" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")}
 
 
+OPERATING = ROOT / "docs" / "operating.md"
+# Its test takes the commands from the page itself, so every one is run.
+TESTED_COMMANDS |= dict.fromkeys(commands_of(OPERATING), ("tests/integration/test_docs_operating.py", "in AFTERWARDS"))
+
+
 def test_every_command_to_type_is_tested_and_no_other_is_listed() -> None:
-    assert commands_to_type() == set(TESTED_COMMANDS)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert commands_of(*pages) == set(TESTED_COMMANDS)
 
 
 def test_the_tests_named_here_run_the_commands() -> None:
