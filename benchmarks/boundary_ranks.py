@@ -24,7 +24,7 @@ from tolaria.data import Loader
 from tolaria.dist import Gathering, Peers, World
 from tolaria.frames import FRAME_CAPACITY_BYTES, make_frame, read_frame
 from tolaria.hardware import Hardware
-from tolaria.measure import TRAIN_METERS, Evaluator
+from tolaria.measure import TRAIN_METERS, Evaluator, Report
 from tolaria.record import RunRecord
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.sentinel import Sentinel
@@ -35,6 +35,7 @@ from tolaria.state import TrainState
 from tolaria.task import load_task
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.pace import StepTimes
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.split import Split
 
@@ -72,11 +73,11 @@ class Boundaries:
         self.state, self.evaluator = state, evaluator
         self.sentinel = Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20)
         self.record = RunRecord(state, events, Progress("off"), straggler_ratio=config.log.straggler_ratio)
-        facts = RunFacts(
+        self.facts = RunFacts(
             run_id="simulated", experiment="boundary", hardware=Hardware(world.device).now, boundaries_left=lambda: 1
         )
         self.coordinator = Coordinator(
-            state, evaluator.replica, world, config.tamiyo, events, facts=facts, client=None, revive=None,
+            state, evaluator.replica, world, config.tamiyo, events, facts=self.facts, client=None, revive=None,
             journal=Journal(Timeline(), wal=None, good_after=1), rest_boundaries=1, sample=self._no_sample,
         )  # fmt: skip
         self._meters = Meters(TRAIN_METERS)
@@ -87,8 +88,7 @@ class Boundaries:
         self.state.boundary += 1
         look = self.sentinel.look(self.state.boundary)
         split.lap("guard")
-        self._meters.add("loss", 1.0)
-        report = self.evaluator.measure(self._meters, OWN_MS, 2 * OWN_MS)
+        report = self.report()
         split.lap("report")
         if self.sentinel.judge(look) is not None:
             raise RuntimeError("ranks that are all alike were found to differ")
@@ -96,6 +96,11 @@ class Boundaries:
         applied = self.coordinator.exchange(report)
         self.record.boundary(report, applied, split)
         return self.record.latencies[-1]["boundary"]
+
+    def report(self) -> Report:
+        """What all ranks have measured."""
+        self._meters.add("loss", 1.0)
+        return self.evaluator.measure(self._meters, StepTimes(own_ms=OWN_MS, whole_ms=2 * OWN_MS))
 
     @staticmethod
     def _no_sample(_: int) -> None:

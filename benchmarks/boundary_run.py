@@ -1,7 +1,7 @@
 """One run with a boundary after every step, for `boundary.py`, which starts it under torchrun and reads its events.
 
 A tiny classifier with one free slot, two samples of validation, the policy in a process of its own over ipc. With
-``--command`` the policy is a script that changes the host's learning rate at every boundary.
+``--command`` the policy is FOLDER/script.toml, which changes the host's learning rate at every boundary.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tolaria.config import (
 from tolaria.task import Task
 
 FEATURES, WIDTH, CLASSES, BATCH = 16, 32, 4, 4
+SCRIPT = "script.toml"
 
 
 def make_task() -> Task:
@@ -73,7 +74,7 @@ def main() -> int:
     parser.add_argument("boundaries", type=int)
     parser.add_argument("--command", action="store_true", help="one command of learning rate at every boundary")
     options = parser.parse_args()
-    policy = f"script:{options.folder / 'script.toml'}" if options.command else "noop"
+    policy = f"script:{options.folder / SCRIPT}" if options.command else "noop"
     train(make_config(options.folder, options.boundaries, policy), task=make_task)
     return 0
 

@@ -14,7 +14,6 @@ update. All variants take turns in the same two processes.
     python -m benchmarks.control_lane --quick    the tiny model, few rounds
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -30,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.figures import RESULTS, machine_line, save, say, spread, table
+from benchmarks.figures import machine_line, make_parser, save, say, spread, table
 from benchmarks.latency_sides import LR
 from benchmarks.latency_workloads import WORKLOADS, mean_loss
 from benchmarks.step_latency import free_port
@@ -53,10 +51,7 @@ class Variant:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, save; 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny model, 6 rounds")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    options = parser.parse_args(argv)
+    options = make_parser(__doc__, quick="the tiny model, 6 rounds").parse_args(argv)
     say(machine_line())
     results = {}
     for workload in ("mlp",) if options.quick else ("mlp", "cnn", "gpt"):

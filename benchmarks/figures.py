@@ -4,6 +4,7 @@ Results go to ``build/bench/NAME.json`` unless ``--out`` says otherwise; those t
 ``benchmarks/results/``.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -69,6 +70,14 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(side: Sequence[float], base: Sequence[float]) -> Spread:
     """The ratio of two sides that were measured in turns, round by round, so that what slows both cancels."""
     return spread([a / b for a, b in zip(side, base, strict=True)])
+
+
+def make_parser(doc: str | None, *, quick: str) -> argparse.ArgumentParser:
+    """The command line that all have: ``doc`` for its help, ``--quick``, ``--out``."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+    return parser
 
 
 def say(text: str = "") -> None:

@@ -17,14 +17,12 @@ ones the first, in which the structure is new). All times in milliseconds, of ra
     first    the first step after it
     step     later steps, for comparison
 
-    python benchmarks/growth_pause.py            all sizes, 1 and 2 ranks: 15 minutes
-    python benchmarks/growth_pause.py --quick    0.3 M, eager: 20 seconds
+    python -m benchmarks.growth_pause            all sizes, 1 and 2 ranks: 15 minutes
+    python -m benchmarks.growth_pause --quick    0.3 M, eager: 20 seconds
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -36,9 +34,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from figures import machine_line, markdown, save, say, spread, table
 from torch._dynamo.utils import counters
 
+from benchmarks.figures import machine_line, make_parser, markdown, save, say, spread, table
+from benchmarks.real_ranks import run_ranks
 from tolaria.config import CompileConfig, Config, DistConfig, KasminaConfig, RunConfig, TrainConfig
 from tolaria.coordinator.delivery import obey
 from tolaria.data import Loader
@@ -74,12 +73,10 @@ HEADER = ("params", "ranks", "side", "command", *PARTS, "pause", "budget", "grap
 
 def main() -> int:
     """Measure and print; 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest host, eager")
+    parser = make_parser(__doc__, quick="the smallest host, eager")
     parser.add_argument("--host", choices=HOSTS, help="this host only")
     parser.add_argument("--side", choices=SIDES, help="this side only")
     parser.add_argument("--ranks", type=int, choices=(1, 2), help="so many ranks only")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of growth_pause.json")
     parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of is not None:
@@ -102,12 +99,8 @@ def main() -> int:
 def _start(host: str, ranks: int, side: str, cache: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         told = {"host": host, "side": side, "folder": folder}
-        arguments = ["benchmarks/growth_pause.py", "--rank-of", json.dumps(told)]
-        if ranks > 1:
-            arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-        root = Path(__file__).parent.parent
-        own = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-        subprocess.run([sys.executable, *arguments], cwd=root, env={**os.environ, **own}, check=True)
+        own = {"TORCHINDUCTOR_CACHE_DIR": cache}
+        run_ranks(ranks, "growth_pause", "--rank-of", json.dumps(told), environment=own)
         found: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
     return [{"host": host, "ranks": ranks, "side": side, **row} for row in found]
 

@@ -14,15 +14,14 @@ times in seconds, of rank 0; medians over rounds, sides in turns.
     total     all of it
     budget    of the total: a warm restart takes at most half of a cold one
 
-    python benchmarks/startup.py            1 and 2 ranks, 3 rounds: 10 minutes
-    python benchmarks/startup.py --quick    1 rank, eager, 1 round: 25 seconds
+    python -m benchmarks.startup            1 and 2 ranks, 3 rounds: 10 minutes
+    python -m benchmarks.startup --quick    1 rank, eager, 1 round: 25 seconds
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from figures import machine_line, markdown, save, say, spread, table
+from benchmarks.figures import machine_line, make_parser, markdown, save, say, spread, table
+from benchmarks.real_ranks import run_ranks
 
 PARTS = ("import", "group", "build", "compile", "step")
 SIDES = (("first", "cold"), ("restart", "cold"), ("first", "warm"), ("restart", "warm"))
@@ -42,11 +42,9 @@ HOST = {"layers": 2, "features": 96, "heads": 4, "context": 64, "max_train_bytes
 
 def main() -> int:
     """Measure and print; 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1 rank, eager, 1 round")
+    parser = make_parser(__doc__, quick="1 rank, eager, 1 round")
     parser.add_argument("--ranks", type=int, choices=(1, 2), help="so many ranks only")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every side (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of startup.json")
     parser.add_argument("--rank-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of is not None:
@@ -88,16 +86,8 @@ def _round(ranks: int, *, compiled: bool) -> dict[tuple[str, str], dict[str, flo
 
 
 def _start(ranks: int, run: dict[str, Any]) -> dict[str, float]:
-    root = Path(__file__).parent.parent
     told = Path(run["folder"]) / "times.json"
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    arguments = json.dumps({**run, "times": str(told), "started": time.time()})
-    subprocess.run([*command, "benchmarks/startup.py", "--rank-of", arguments], cwd=root, env=environment | own,
-                   check=True)  # fmt: skip
+    run_ranks(ranks, "startup", "--rank-of", json.dumps({**run, "times": str(told), "started": time.time()}))
     found: dict[str, float] = json.loads(told.read_text())
     return found
 

@@ -37,7 +37,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import RESULTS, machine_line, ratios, save, say, spread, table
+from benchmarks.figures import machine_line, make_parser, ratios, save, say, spread, table
 from benchmarks.latency_sides import TIMED, Cell, Seat, sit
 from benchmarks.latency_workloads import WORKLOADS
 
@@ -148,13 +148,11 @@ def measure(context: ForkServerContext, cell: Cell, names: Sequence[str], folder
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny model eager, 1 and 2 ranks, without peers")
+    parser = make_parser(__doc__, quick="the tiny model eager, 1 and 2 ranks, without peers")
     parser.add_argument("--cells", default="*", metavar="PATTERN", help="cells whose name matches a shell pattern")
     parser.add_argument("--peers", action="store_true", help="only the cells in which peers take part")
     parser.add_argument("--runs", type=int, default=1, help="measure each cell so many times, in fresh processes")
     parser.add_argument("--rounds", type=int, default=0, help="blocks of each side (40; with --quick 10)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     options = parser.parse_args(argv)
     options.rounds = options.rounds or (10 if options.quick else 40)
     return options

@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 
 from tolaria.alarm import ELEVATED, HALT
 from tolaria.coordinator.decision import OPERATOR
-from tolaria.coordinator.ledger import describe
 from tolaria.coordinator.plan import Outcome as Fate
 from tolaria.coordinator.plan import make_plan
 from tolaria.docket import BACK, Docket
+from tolaria.errors import CommandRefused
 from tolaria.fence import Verdict
 from tolaria.leyline.codec import encode_decision
 from tolaria.leyline.types import Decision
-from tolaria.orders.words import CHECKPOINT, COMMAND, EMERGENCY, PAUSE, RESUME, STOP, Outcome
+from tolaria.leyline.words import describe
+from tolaria.orders.words import CHECKPOINT, COMMAND, EMERGENCY, PAUSE, RESUME, STOP, TRY, Outcome
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.page import Phase
+from tolaria.rehearsal.arms import Interrupted, Rehearsal
 
 POLL_S = 0.05
 
@@ -70,8 +72,11 @@ class Acts:
                     return effect
             elif self.state.hand.paused is None:
                 return None
-            elif (effect := self._stand_still()) is not None:
-                return effect
+            else:
+                with self.parts.step.phases("paused"):
+                    effect = self._stand_still()
+                if effect is not None:
+                    return effect
 
     def settled(self) -> None:
         """The return that an act asked for has been made, or could not be. Answers who asked. Local."""
@@ -111,6 +116,14 @@ class Acts:
             self._finish(told, Fate(told["order_id"], None, True, "", ""), answer=False)
             act = int(told["undoes"])
             return Effect(go_back=self.docket.before(act, told["reason"]))
+        if action == TRY and not told["again"]:
+            self._rehearse(told)
+            return None
+        return self._own_word(told)
+
+    def _own_word(self, told: Mapping[str, Any]) -> Effect | None:
+        """What needs no command. Of an act that is made again only what is left of it in the state."""
+        parts, state, action = self.parts, self.state, told["action"]
         reason, details, effect = "", {}, None
         if action == PAUSE:
             state.hand = replace(state.hand, paused=told["reason"] or f"by {told['operator'] or 'an operator'}")
@@ -139,6 +152,25 @@ class Acts:
             self.docket.remember(told, fate.command, conservative=before)
         self._finish(told, fate, answer=applied.go_back is None)
         return Effect(go_back=parts.guard.commanded(applied.go_back)) if applied.go_back is not None else None
+
+    def _rehearse(self, told: Mapping[str, Any]) -> None:
+        """Try a change; the run goes on from where it is. Collective; blocks for all of it."""
+        parts, asked = self.parts, told["arguments"]
+        parts.progress.note(f"{_in_words(told)}, beside as many without it", label="trying")
+        rehearsal = Rehearsal(parts, self._urgent)
+        fate, details = Fate(told["order_id"], None, True, "", ""), dict[str, Any]()
+        try:
+            with parts.step.phases("rehearsal"), parts.status.ledger.undivided():
+                effect = rehearsal.run(str(asked["change"]), int(asked["steps"]), f"try-{told['order_id']}")
+        except CommandRefused as error:
+            fate = replace(fate, applied=False, code=error.code, reason=str(error))
+        except Interrupted as error:
+            fate = replace(fate, applied=False, code="interrupted", reason=f"{error}; it was taken back half done")
+        else:
+            details = effect.to_json()
+            parts.events.emit("rehearsed", act=self.state.hand.acts, order_id=told["order_id"], **details)
+            fate = replace(fate, reason=effect.verdict)
+        self._finish(told, fate, details=details)
 
     def _finish(
         self, told: Mapping[str, Any], fate: Fate, *, answer: bool = True, details: Mapping[str, Any] | None = None
@@ -204,6 +236,10 @@ class Acts:
 
     # Helpers
 
+    def _urgent(self) -> str:
+        desk = self.parts.desk
+        return f"an order to {desk.urgent} came" if desk is not None and desk.urgent else ""
+
     @property
     def _ranks(self) -> int:
         return self.parts.world.world_size
@@ -224,4 +260,6 @@ def _in_words(told: Mapping[str, Any]) -> str:
         return f"emergency level {told['arguments'].get('level')}"
     if told["action"] == BACK:
         return f"undo act {told['undoes']} with the weights"
+    if told["action"] == TRY:
+        return f"try {told['arguments'].get('change')} for {told['arguments'].get('steps')} steps"
     return str(told["action"])

@@ -1,18 +1,18 @@
 """The composition root: the only file that knows every class. From a Config to a finished run."""
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
 from tolaria.alarm import Alarm
 from tolaria.comeback import Comeback
 from tolaria.compiled_code import compiled_code
-from tolaria.config import POLICY_NONE, Config
+from tolaria.config import Config
 from tolaria.coordinator.coordinator import Coordinator
 from tolaria.coordinator.packet import RunFacts
 from tolaria.data import Loader, dataset_size
@@ -24,7 +24,7 @@ from tolaria.hardware import Hardware
 from tolaria.loop import Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
-from tolaria.outfit import make_desk, make_metrics, make_ring, make_writer, write_config
+from tolaria.outfit import make_clock, make_desk, make_metrics, make_ring, make_writer, write_config
 from tolaria.parts import Parts
 from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
@@ -33,6 +33,7 @@ from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.journal import Journal
 from tolaria.recovery.page import Phase
 from tolaria.recovery.sentinel import Sentinel
+from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.replica import Replica
 from tolaria.restore import Saved, facts_of, open_journal, take_up
 from tolaria.rollback import Rollback
@@ -40,28 +41,33 @@ from tolaria.rundir import RunDir, open_run
 from tolaria.saving import Saver
 from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState
+from tolaria.status import RunStatus
 from tolaria.step import TrainStep
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
-from tolaria.tamiyo.client import open_client
-from tolaria.tamiyo.embedded import EmbeddedPolicy
+from tolaria.tamiyo.line import PolicyLine, open_line
 from tolaria.task import Task, load_task
+from tolaria.telemetry.board import Clock
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.progress import Progress
 from tolaria.telemetry.summary import RunSummary, versions
 from tolaria.watch import watch_ranks
 
 
-def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSummary:
+def train(
+    config: Config, *, task: Callable[..., Task] | None = None, until: int = 0, began: float | None = None
+) -> RunSummary:
     """Train as configured and return the summary, the same that ends up in summary.json.
 
     Every rank calls it: under torchrun in each process, without it in the one process there is. ``task`` replaces
-    ``config.task.factory`` by a function of the calling script. Raises TolariaError; the run directory then tells how
-    far the run came.
+    ``config.task.factory`` by a function of the calling script. ``until``: stop after this step as if asked to, with
+    everything planned as it was; 0: go on to the end. ``began``: since when the time of the run counts, on
+    `time.perf_counter`; None: now. Raises TolariaError; the run directory then tells how far the run came.
     """
+    began = time.perf_counter() if began is None else began
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopFlag())
         world = _join(config, cleanup)
-        progress = Progress(config.log.progress if world.is_coordinator else "off")
+        progress = Progress(config.log.progress if world.is_coordinator else "off", detail=config.log.detail)
         cleanup.callback(progress.close)
         run = cleanup.enter_context(
             open_run(
@@ -71,9 +77,12 @@ def train(config: Config, *, task: Callable[..., Task] | None = None) -> RunSumm
         )  # fmt: skip
         events = EventLog(run.path / "events.jsonl", world.global_rank, run_id=run.run_id)
         cleanup.callback(events.close)
+        clock = make_clock(config, world, run, began, cleanup)
         try:
             with lost_peers():
-                return _run(_assemble(config, task, world, run, events, progress, stop, cleanup), world, run)
+                trainer = _assemble(config, task, world, run, events, progress, stop, clock, cleanup)
+                trainer.until = until
+                return _run(trainer, world, run)
         except TolariaError as error:
             trace = "".join(traceback.format_exception(error))[-8000:]
             events.emit("run_failed", "critical", error=type(error).__name__, reason=str(error), trace=trace)
@@ -120,13 +129,14 @@ def _assemble(
     events: EventLog,
     progress: Progress,
     stop: StopFlag,
+    clock: Clock,
     cleanup: ExitStack,
 ) -> Trainer:
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
     code = cleanup.enter_context(compiled_code(config, run.path, run.run_id, world, events))
-    replica = Replica(state, world, config, events, code)
+    replica = Replica(state, world, config, events, code, clock.ledger)
     cleanup.callback(replica.close)
     record = RunRecord(state, events, progress, straggler_ratio=config.log.straggler_ratio)
     facts = facts_of(config, make_task, world)
@@ -146,24 +156,24 @@ def _assemble(
     progress.status("compiling" if replica.compiled else "checking the model")
     page.enter(Phase.COMPILE, state.step)
     replica.warm_up(sample)
-    rollback = Rollback(
-        state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
-        sample=sample,
-    )  # fmt: skip
-    guard, comeback = _keepers(config, state, replica, world, events, rollback, saved.branch if saved else 0)
+    branch = saved.branch if saved is not None else 0
+    guard, comeback = _keepers(config, state, replica, world, run, events, ring, journal, sample, branch)
+    metrics = make_metrics(world, run, cleanup)
+    alarm = Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
+                  signals=coordinator.signals)  # fmt: skip
     profiler = cleanup.enter_context(closing(make_profiler(config.profile, events, run.path, world)))
+    phases = clock.ledger.beside(profiler.phases)
     trainer = Trainer(
         Parts(
-            config=config, world=world,
-            task=task, state=state, loader=loader,
-            step=TrainStep(state, replica, events, debug=config.train.debug, phases=profiler.phases),
+            config=config, world=world, task=task, state=state, loader=loader,
+            step=TrainStep(state, replica, events, debug=config.train.debug, phases=phases),
             evaluator=evaluator,
             coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
                         writer=make_writer(config, world, run, journal, cleanup)),
-            alarm=Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
-                        signals=coordinator.signals),
-            record=record, events=events, metrics=make_metrics(world, run, cleanup), progress=progress,
+            status=RunStatus(config, world, state, clock, coordinator=coordinator, journal=journal, alarm=alarm,
+                             record=record, metrics=metrics, progress=progress),
+            alarm=alarm, record=record, events=events, metrics=metrics, progress=progress,
             profiler=profiler, stop=stop, facts=facts, desk=make_desk(state, world, run, journal, cleanup),
         )
     )  # fmt: skip
@@ -185,14 +195,26 @@ def _announce(
 
 
 def _keepers(
-    config: Config, state: TrainState, replica: Replica, world: World, events: EventLog, rollback: Rollback, branch: int
+    config: Config,
+    state: TrainState,
+    replica: Replica,
+    world: World,
+    run: RunDir,
+    events: EventLog,
+    ring: SnapshotRing,
+    journal: Journal,
+    sample: Callable[[int], Batch],
+    branch: int,
 ) -> tuple[Guard, Comeback]:
     """Who says that the run is not to go on from where it is, and who brings it back."""
-    ring, journal = rollback.ring, rollback.journal
+    rollback = Rollback(
+        state, replica, world, config.recovery, events, ring=ring, journal=journal, checkpoints=run.checkpoints,
+        sample=sample,
+    )  # fmt: skip
     guard = Guard(
         config.recovery, state, world, events, ring=ring, journal=journal,
         sentinel=Sentinel(state, world.peers, slice_bytes=config.recovery.drift_mb * 2**20),
-        synchronise=replica.synchronise_buffers,
+        synchronise=replica.synchronise_buffers, phases=replica.ledger.phases,
     )  # fmt: skip
     comeback = Comeback(
         config.recovery, state, world, events, guard=guard, rollback=rollback, ring=ring, journal=journal, branch=branch
@@ -234,26 +256,21 @@ def _coordinator(
     cleanup: ExitStack,
     sample: Callable[[int], Batch],
 ) -> Coordinator:
-    client = revive = None
-    if world.is_coordinator and (config.tamiyo.endpoint or config.tamiyo.policy != POLICY_NONE):
-        where: dict[str, Any] = {}
-        if not config.tamiyo.endpoint:
-            embedded = cleanup.enter_context(
-                EmbeddedPolicy(config.tamiyo.policy, config.tamiyo.args, log_path=run.path / "tamiyo.log")
-            )
-            embedded.wait_ready()
-            revive = embedded.revive
-            where = {"endpoint": embedded.endpoint, "key_file": embedded.key_file}
-        client = open_client(config.tamiyo, run_id=run.run_id, generation=world.generation, **where)
-        client.signal_mark = journal.last_signal_mark
-        cleanup.callback(client.close)
+    line = PolicyLine()
+    if world.is_coordinator:
+        line = open_line(
+            config.tamiyo, run.path, events, cleanup, run_id=run.run_id, generation=world.generation,
+            signal_mark=journal.last_signal_mark,
+        )  # fmt: skip
     facts = RunFacts(
         run_id=run.run_id,
         experiment=config.run.name,
         hardware=Hardware(world.device).now,
         boundaries_left=lambda: boundaries_left(config.train, state),
     )
-    return Coordinator(
-        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=client, revive=revive,
-        sample=sample, rest_boundaries=config.recovery.command_boundaries,
+    coordinator = Coordinator(
+        state, replica, world, config.tamiyo, events, facts=facts, journal=journal, client=line.client,
+        revive=line.revive, sample=sample, rest_boundaries=config.recovery.command_boundaries,
     )  # fmt: skip
+    coordinator.shadow = line.shadow
+    return coordinator

@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch._dynamo.callback import callback_handler, on_compile_end, on_compile_start
 
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.goodput import Ledger
 
 FOLDER = ".compile_cache"
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -171,3 +173,24 @@ def _read(path: Path) -> bytes:
     if data[:start] != _MAGIC + hashlib.sha256(body).digest():
         raise ValueError(f"{path}: damaged; everything is compiled anew")
     return body
+
+
+@contextmanager
+def compiling_seen(ledger: Ledger) -> Iterator[None]:
+    """Inside, whatever torch compiles, also by itself in the middle of a step, is compile for the clock."""
+    compiling = ledger.inside("compile")
+
+    def begin(_: object) -> None:
+        compiling.__enter__()
+
+    def end(_: object) -> None:
+        compiling.__exit__(None, None, None)
+
+    on_compile_start(begin)
+    on_compile_end(end)
+    try:
+        yield
+    finally:
+        for callbacks, own in ((callback_handler.start_callbacks, begin), (callback_handler.end_callbacks, end)):
+            if own in callbacks:  # torch._dynamo.reset takes all of them away
+                callbacks.remove(own)

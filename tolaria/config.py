@@ -7,24 +7,20 @@ command line are in `tolaria/options.py`; this file imports nothing heavy, so a 
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from tolaria.config_aggregate import AggregateConfig
-from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, doc, require, require_range
+from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE, Scalar, doc, require, require_range
 from tolaria.config_profile import ProfileConfig
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
+from tolaria.config_tamiyo import TamiyoConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
-
-Scalar: TypeAlias = bool | int | float | str
 
 # Run names and slot names travel as ids in messages, which are ASCII.
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "-_.")
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "nadam", "muon")
 """Names that ``optim.name`` takes, beside the import path of a class."""
-
-POLICY_NONE = "none"
-"""``tamiyo.policy`` of a run that nothing steers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,40 +166,6 @@ class KasminaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TamiyoConfig:
-    """The policy: which, where, and how long it may take."""
-
-    policy: str = doc("heuristic", "embedded policy: heuristic | noop | none | script:FILE | package.module:Class")
-    args: Mapping[str, Scalar] = doc({}, "keyword arguments of the embedded policy")
-    endpoint: str = doc("", "ZeroMQ endpoint of a policy service (ipc://, tcp://); empty: embedded")
-    key_file: str = doc("", "file with the shared key (0600, 32 bytes or more); needed with an endpoint")
-    curve_server_key_file: str = doc("", "file with the server's CURVE public key; needed for other hosts")
-    curve_secret_file: str = doc("", "file with this client's CURVE secret key; needed for other hosts")
-    deadline_ms: int = doc(2000, "milliseconds from the question to the accepted answer")
-    resend_ms: int = doc(800, "milliseconds until the question is sent again")
-    breaker_failures: int = doc(3, "failures in a row after which the policy is no longer asked")
-    breaker_rest: int = doc(5, "boundaries without a question before one probe")
-    probe_deadline_ms: int = doc(500, "milliseconds of a probe")
-    breaker_successes: int = doc(2, "answered probes in a row that close the breaker")
-    may_pause: bool = doc(True, "a policy's PAUSE is obeyed; the run then waits for an operator's resume")
-    healthy_boundaries: int = doc(2, "good boundaries in a row that end conservative mode")
-    observation_boundaries: int = doc(2, "boundaries after which a command's effect is judged")
-
-    def __post_init__(self) -> None:
-        for key in ("deadline_ms", "resend_ms", "probe_deadline_ms"):
-            require(1 <= getattr(self, key) <= 600_000, f"tamiyo.{key}", getattr(self, key), "1 to 600000")
-        require_range(
-            self, "tamiyo", ONE_OR_MORE,
-            "breaker_failures", "breaker_rest", "breaker_successes", "healthy_boundaries", "observation_boundaries",
-        )  # fmt: skip
-        require(
-            not self.endpoint or self.endpoint.startswith(("ipc://", "tcp://")),
-            "tamiyo.endpoint", self.endpoint, "ipc://PATH or tcp://HOST:PORT",
-        )  # fmt: skip
-        require(not self.endpoint or bool(self.key_file), "tamiyo.key_file", self.key_file, "a file, with an endpoint")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DistConfig:
     """Ranks: device, deadlines, threads."""
 
@@ -232,10 +194,14 @@ class LogConfig:
 
     interval_steps: int = doc(10, "optimizer steps between lines in metrics.jsonl")
     progress: Literal["auto", "plain", "off"] = doc("auto", "progress on the terminal")
+    detail: Literal["quiet", "normal", "verbose"] = doc("normal", "quiet: start, problems, end; verbose: times as well")
+    status_s: float = doc(1.0, "seconds between two writings of status.json, at least 0.1; 0: none is written")
     straggler_ratio: float = doc(3.0, "a rank's own time of so many times the others' is told; 0: not")
 
     def __post_init__(self) -> None:
         require_range(self, "log", ONE_OR_MORE, "interval_steps")
+        status_s = self.status_s
+        require(status_s == 0 or 0.1 <= status_s <= 3600, "log.status_s", status_s, "0, or 0.1 to 3600")
         ratio = self.straggler_ratio
         require(ratio == 0 or ratio > 1, "log.straggler_ratio", ratio, "0 or more than 1")
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+Scalar: TypeAlias = bool | int | float | str
 
 
 def doc(default: Any, text: str) -> Any:

@@ -113,12 +113,11 @@ class EpochSampler:
         self.skipped = sorted({*self.skipped, *windows})
 
     def turn_over(self) -> bool:
-        """Begin the next epoch if nothing is left of this one. True if it did."""
-        if self.window is not None:
-            return False
-        self.epoch += 1
-        self.cursor = 0
-        return True
+        """Begin the next epoch that has something left if nothing is left of this one. True if it did."""
+        ended = self.window is None
+        while self.window is None:
+            self.epoch, self.cursor = self.epoch + 1, 0
+        return ended
 
     def _group_from(self, cursor: int) -> Window | None:
         if not self.skipped:

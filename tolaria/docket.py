@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from tolaria.alarm import ELEVATED
-from tolaria.coordinator.ledger import describe
-from tolaria.errors import CommandRefused, MessageRejected, WalError
+from tolaria.errors import CommandRefused, ConfigError, MessageRejected, WalError
 from tolaria.leyline.codec import decode_command, encode_command
 from tolaria.leyline.types import Command, CommandType, EmergencyLevel, RollbackCommand
+from tolaria.leyline.words import describe
 from tolaria.orders.desk import Waiting
-from tolaria.orders.words import COMMAND, EMERGENCY, PAUSE, RESUME, UNDO, Order, Outcome
+from tolaria.orders.words import COMMAND, EMERGENCY, PAUSE, RESUME, TRY, UNDO, Order, Outcome
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
+from tolaria.rehearsal.change import parse_change
 from tolaria.tamiyo.policy import with_identity
 from tolaria.undo import Done, inverse
 
@@ -111,6 +112,7 @@ class Docket:
             raise CommandRefused("not_paused", "the run is not paused")
         if action == EMERGENCY and order.arguments.get("level") not in [int(level) for level in EmergencyLevel]:
             raise CommandRefused("bad_level", f"level {order.arguments.get('level')!r:.20}: expected 1 to 4")
+        _check_try(order)
         if action == UNDO:
             action, raw, undoes = self._undoing(order)
         return {
@@ -180,3 +182,16 @@ class Docket:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, or nothing of a state from before there were acts."""
         self._done = [Done.from_json(body) for body in saved.get("done", ())]
+
+
+def _check_try(order: Order) -> None:
+    """The form of a rehearsal, if it is one; the ranks judge the rest. Raises CommandRefused."""
+    if order.action != TRY:
+        return
+    change, steps = order.arguments.get("change"), order.arguments.get("steps")
+    if not isinstance(change, str) or type(steps) is not int:
+        raise CommandRefused("bad_change", "expected arguments 'change', a text, and 'steps', a whole number")
+    try:
+        parse_change(change)
+    except ConfigError as error:
+        raise CommandRefused("bad_change", str(error)) from error

@@ -3,6 +3,8 @@
 import os
 from dataclasses import replace
 
+import torch
+
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import ReplicaMismatch
@@ -11,6 +13,7 @@ from tolaria.loop import Trainer
 from tolaria.profiling import join_pages
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
+from tolaria.telemetry.goodput import STEP_CATEGORIES, Ledger
 from tolaria.telemetry.progress import StartInfo
 from tolaria.telemetry.summary import RunSummary, latency_split, versions, write_summary
 from tolaria.telemetry.words import short_path
@@ -45,7 +48,8 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
     parts.saver.replica.synchronise_buffers()
     parts.profiler.close()
     digests = world.peers.gather_digests(state.digest())
-    summary = _summary(outcome, trainer, world, run, digests)
+    rank_times = _rank_times(parts.status.ledger, world)
+    summary = _summary(outcome, trainer, world, run, digests, rank_times)
     if world.is_coordinator:
         # The ranks' digests are here, so their pages are written.
         pages = join_pages(run.path)
@@ -53,6 +57,7 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
         write_summary(run.path / "summary.json", summary)
         parts.progress.summary(summary)
     parts.events.emit("run_ended", outcome=outcome, steps=state.step, digest=digests[world.global_rank].hex())
+    parts.status.ended(outcome if len(set(digests)) == 1 else "failed")
     state.kasmina.terminate()
     if len(set(digests)) > 1:
         seen = ", ".join(f"rank {r}: {d.hex()[:12]}" for r, d in enumerate(digests))
@@ -60,9 +65,24 @@ def conclude(outcome: str, trainer: Trainer, world: World, run: RunDir) -> RunSu
     return summary
 
 
-def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests: list[bytes]) -> RunSummary:
+def _rank_times(ledger: Ledger, world: World) -> list[dict[str, float]]:
+    """What each rank's steps were spent on in this start, in seconds. Collective."""
+    table = torch.zeros(world.world_size, len(STEP_CATEGORIES), dtype=torch.float64)
+    table[world.global_rank] = torch.tensor([ledger.own(category) for category in STEP_CATEGORIES])
+    rows = world.peers.sum(table).tolist()
+    return [{name: round(s, 3) for name, s in zip(STEP_CATEGORIES, row, strict=True)} for row in rows]
+
+
+def _summary(
+    outcome: str, trainer: Trainer, world: World, run: RunDir, digests: list[bytes],
+    rank_times: list[dict[str, float]],
+) -> RunSummary:  # fmt: skip
     parts, state, record = trainer.parts, trainer.state, trainer.parts.record
+    goodput = {category: round(seconds, 3) for category, seconds in parts.status.ledger.seconds().items()}
     counters = {**record.counters, "skipped_steps": state.skipped_steps, "events_lost": parts.events.lost}
+    if parts.coordinator.shadow is not None:
+        parts.coordinator.shadow.collect()
+        counters |= {f"shadow_{name}": count for name, count in parts.coordinator.shadow.counts.items()}
     return RunSummary(
         outcome=outcome,
         name=parts.config.run.name,
@@ -71,7 +91,8 @@ def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests:
         seed=parts.config.run.seed,
         epochs=state.sampler.epoch,
         steps=state.step,
-        seconds=record.seconds,
+        # The clock of earlier starts is unknown where no status was kept (log.status_s=0).
+        seconds=max(record.seconds, sum(goodput.values())),
         world_size=world.world_size,
         device=str(world.device),
         final=record.final,
@@ -89,6 +110,8 @@ def _summary(outcome: str, trainer: Trainer, world: World, run: RunDir, digests:
         resume=_resume_command(world, short_path(str(run.path))),
         state_digest={rank: digest.hex() for rank, digest in enumerate(digests)},
         counters=counters,
+        goodput=goodput,
+        rank_times=rank_times,
         versions=versions(),
     )
 

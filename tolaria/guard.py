@@ -19,6 +19,7 @@ from tolaria.dist import World
 from tolaria.fence import Verdict
 from tolaria.leyline.types import RollbackCommand
 from tolaria.measure import Report
+from tolaria.phases import Phases, unseen
 from tolaria.recovery.autopilot import (
     COLLAPSE_HISTORY,
     Cause,
@@ -53,6 +54,7 @@ class Guard:
         journal: Journal,
         sentinel: Sentinel,
         synchronise: Callable[[], None],
+        phases: Phases = unseen,
     ) -> None:
         self.config = config
         self.state = state
@@ -63,6 +65,7 @@ class Guard:
         self.sentinel = sentinel
         # Running statistics of a forward pass differ over ranks until rank 0's are sent to all.
         self._synchronise = synchronise
+        self._phases = phases
         self._watch = SpikeWatch(config)
         self._look: Look | None = None
         # With this rank's part of the loss, until a fence brings the mean over all of them.
@@ -108,6 +111,10 @@ class Guard:
 
         ``apart``: beside the ones that come and go, until the next that is kept apart.
         """
+        with self._phases("checkpoint"):
+            return self._snapshot(payload, apart=apart)
+
+    def _snapshot(self, payload: Payload, *, apart: bool) -> Incident | None:
         self._synchronise()
         taken = self.ring.take(payload, apart=apart)
         digests = self.world.peers.gather_digests(taken.info.digest if taken is not None else bytes(32))

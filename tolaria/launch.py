@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
+from tolaria.config import Config
 from tolaria.errors import PeerLost, TolariaError
 from tolaria.options import parse
 
@@ -23,9 +24,14 @@ CULPRIT_FIRST_S = 5.0  # a rank that failed needs up to some seconds to end: tor
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; the exit code. A wrong flag is answered before torch is loaded."""
-    config = parse(argv)
-    from tolaria.process import agent_id, set_parent_death_signal  # noqa: PLC0415 - after the flags, as torch below
+    return run(parse(argv))
 
+
+def run(config: Config, *, until: int = 0) -> int:
+    """Train this rank's part, to the end or ``until`` a step; the exit code."""
+    from tolaria.process import agent_id, set_parent_death_signal, since_start_s  # noqa: PLC0415 - after the flags
+
+    began = time.perf_counter() - since_start_s()
     if agent_id() is not None:
         # Ranks whose torchrun was killed would train on, unseen, and write into the run directory.
         set_parent_death_signal()
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from tolaria.build import train  # noqa: PLC0415 - seconds of importing torch
 
-        train(config)
+        train(config, until=until, began=began)
     except TolariaError as error:
         # One line: what a task raised may have many.
         text = " ".join(str(error).split())

@@ -32,12 +32,10 @@ from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
 from tolaria.recovery.checkpoint import Payload
 from tolaria.recovery.page import Phase
-from tolaria.state import HOST_GROUP
 from tolaria.step import StepResult
 from tolaria.streams import rng_tensors
-from tolaria.telemetry.meters import Meters, Rate
+from tolaria.telemetry.meters import Meters
 from tolaria.telemetry.pace import Pace
-from tolaria.telemetry.progress import StepInfo
 from tolaria.telemetry.split import Split
 
 FINISHED = "finished"
@@ -45,10 +43,14 @@ STOPPED = "stopped"
 
 
 class Trainer:
-    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective."""
+    """Runs the loop on this rank. Every rank runs the same loop; `run` is collective.
+
+    ``until``: the step after which it stops as if asked to, without a change of what was planned; 0: none.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.until = 0
         self.state = parts.state
         self.acts = Acts(parts, self._payload)
         self.lane = ControlLane(
@@ -56,9 +58,8 @@ class Trainer:
             asked=lambda: self.acts.docket.waiting,
         )  # fmt: skip
         self.meters = Meters(TRAIN_METERS)
-        self._samples = Rate()
         self._pace = Pace()
-        self._asked = 0.0
+        self._asked = self._fetched = 0.0
         self._last_boundary_step = parts.state.step
 
     def run(self) -> str:
@@ -93,6 +94,8 @@ class Trainer:
                 moved, outcome = self._act(asked=result.verdict is not None and result.verdict.asked)
                 if moved or outcome != FINISHED or self._take_effects() or epoch_ended or self._done():
                     break
+        if self._reached:
+            outcome = STOPPED
         if outcome == FINISHED and self._last_boundary_step != state.step:
             self._boundary()
         parts.saver.save_last(self._payload)
@@ -104,12 +107,14 @@ class Trainer:
             self.parts.guard.snapshot(self._payload())
             self.parts.comeback.forget_earlier_starts()
         self._take_effects()
+        self.parts.status.begin()
         return self._act(asked=False)[1]
 
     def _close_fence(self) -> Verdict | None:
         verdict = self.lane.close()
         if verdict is not None and verdict.level == HALT:
-            self.parts.alarm.freeze(self._save_newest_snapshot)
+            with self.parts.step.phases("paused"):
+                self.parts.alarm.freeze(self._save_newest_snapshot)
             self.lane.restart()
         return verdict
 
@@ -128,7 +133,8 @@ class Trainer:
             if effect.stop or effect.stop_signal:
                 return moved, self._stop_asked(effect.stop_signal or signal.SIGTERM, by_order=effect.stop)
             if effect.halt:
-                self.parts.alarm.freeze(self._save_newest_snapshot)
+                with self.parts.step.phases("paused"):
+                    self.parts.alarm.freeze(self._save_newest_snapshot)
             if effect.go_back is not None:
                 self._go_back(effect.go_back)
                 self.acts.settled()
@@ -142,8 +148,10 @@ class Trainer:
         parts = self.parts
         while incident is not None:
             parts.alarm.page.enter(Phase.RESTORE, self.state.step)
-            parts.saver.finish()
-            if (came := parts.comeback.go_back(incident)) is None:
+            with parts.step.phases("rollback"):
+                parts.saver.finish()
+                came = parts.comeback.go_back(incident)
+            if came is None:
                 return
             self.lane.restart()
             saved = came.local_meta if came.local_meta is not None else came.first_meta
@@ -157,6 +165,7 @@ class Trainer:
             if incident.cause == "emergency":
                 parts.alarm.answered(incident.level)
             parts.events.step = self.state.step
+            parts.status.went_back()
             incident = self._boundary() if came.epoch_ended and self._boundary_due(True) else None
 
     def _take_effects(self) -> bool:
@@ -175,13 +184,18 @@ class Trainer:
             self.parts.profiler.step(self.state.step)
             with self.parts.step.phases("data"):
                 group = list(islice(batches, sampler.accumulation))
+            self._fetched = time.perf_counter()
             if not group:
                 return
             yield window, group
 
     def _done(self) -> bool:
-        config = self.parts.config.train
-        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= self.state.step
+        config, step = self.parts.config.train, self.state.step
+        return self.state.sampler.epoch >= config.epochs or 0 < config.max_steps <= step or self._reached
+
+    @property
+    def _reached(self) -> bool:
+        return 0 < self.until <= self.state.step
 
     def _stop_asked(self, number: int, *, by_order: bool = False) -> str:
         name = "order" if by_order else signal.Signals(number).name
@@ -194,26 +208,12 @@ class Trainer:
     def _count(self, result: StepResult) -> None:
         parts, state = self.parts, self.state
         parts.events.step = state.step
-        self._samples.add(state.sampler.group_size)
         seconds = time.perf_counter() - self._asked
-        self._pace.add(result.alone_until - self._asked, seconds)
+        self._pace.add(result.alone_until - self._asked, seconds, self._fetched - self._asked)
         self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
-        if parts.metrics is not None and state.step % parts.config.log.interval_steps == 0:
-            # The loss is this rank's part: the mean over ranks is in the boundary's event.
-            alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rate = state.lr.lr_at(HOST_GROUP, state.step - 1)
-            parts.metrics.write(state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **alphas)
-        if parts.progress.step_due():
-            sampler = state.sampler
-            parts.progress.step(
-                StepInfo(
-                    epoch=sampler.epoch + 1, epochs=parts.config.train.epochs,
-                    epoch_step=sampler.cursor // sampler.group_size, epoch_steps=sampler.steps_per_epoch,
-                    loss=result.loss, lr=state.lr.lr_at(HOST_GROUP, state.step), rate=self._samples.read(),
-                )
-            )  # fmt: skip
+        parts.status.stepped(result)
 
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps
@@ -231,7 +231,8 @@ class Trainer:
             parts.events.emit("seed_moved", slot=slot, before=before.name, after=after.name)
         parts.guard.begin_boundary()
         split.lap("guard")
-        report = parts.evaluator.measure(self.meters, *self._pace.take())
+        waited_s = parts.status.ledger.own("sync wait")
+        report = parts.evaluator.measure(self.meters, self._pace.take(waited_s))
         split.lap("report")
         if (incident := parts.guard.boundary(report)) is not None:
             return incident
@@ -239,6 +240,7 @@ class Trainer:
         applied = parts.coordinator.exchange(report)
         parts.saver.collect()
         parts.record.boundary(report, applied, split)
+        parts.status.boundary(report)
         if applied.structure_changed:
             parts.guard.structure_changed()
         if applied.go_back is not None:

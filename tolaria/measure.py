@@ -25,6 +25,7 @@ from tolaria.replica import Replica, evaluating
 from tolaria.state import TrainState
 from tolaria.task import Task, users_code
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.pace import NO_STEPS, StepTimes
 from tolaria.telemetry.split import Split
 from tolaria.validation import ValidationForward
 
@@ -55,7 +56,8 @@ class Report:
     """One boundary in numbers, equal on every rank. Losses are means per sample, accuracy in [0, 1].
 
     ``train_loss`` is NaN when no step was taken since the last boundary. ``metrics`` are the task's further ones.
-    ``own_ms``: each rank's own milliseconds in a step; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
+    ``own_ms``, ``data_ms``, ``wait_ms``: each rank's own milliseconds in a step, those of waiting for its data in them,
+    and those of waiting for other ranks; ``step_ms``: of a whole step, the mean over ranks; 0: no step.
     ``val_noise``: the standard error of ``val_loss``, as of a sample of all data. ``worth``: what seeds were
     found to be worth at this boundary, by slot. ``signals``: what growth promises at each free slot. ``flops``: of one
     sample's forward pass, None if unknown. ``spent_ms``: what "validation" and "signal" took on this rank.
@@ -74,6 +76,8 @@ class Report:
     flops: int | None = None
     spent_ms: Mapping[str, float] = field(default_factory=dict)
     owners: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    data_ms: Sequence[float] = ()
+    wait_ms: Sequence[float] = ()
 
 
 class Evaluator:
@@ -101,37 +105,44 @@ class Evaluator:
         """
         with users_code("validating a batch", debug=self.replica.config.train.debug):
             self._pass(self._plan[:1])
-        self.forward.prepare(self._first_batch)
+        self._prepare()
 
-    def measure(self, train: Meters, own_ms: float = 0.0, step_ms: float = 0.0) -> Report:
+    def measure(self, train: Meters, pace: StepTimes = NO_STEPS) -> Report:
         """Validate, reduce over ranks, and update the evidence of every seed.
 
-        ``train``: this rank's `TRAIN_METERS` since the last boundary, which begin anew; ``own_ms``: its own time in a
-        step, ``step_ms``: that of the whole step.
+        ``train``: this rank's `TRAIN_METERS` since the last boundary, which begin anew; ``pace``: its steps' times.
         Reads the device; blocks for the validation.
         """
-        split = Split()
+        split, phases = Split(), self.replica.ledger.phases
         self.replica.synchronise_buffers()
-        with split.timed("validation"):
+        with split.timed("validation"), phases("validation"):
             local = self._validate()
         local.update(zip(("train/loss", "train/steps"), train.packed(), strict=True))
         train.reset()
-        local["step_ms"] = torch.tensor(step_ms)
-        own = torch.zeros(self.world.world_size, dtype=torch.float64)
-        own[self.world.global_rank] = own_ms
+        local["step_ms"] = torch.tensor(pace.whole_ms)
+        rows = torch.zeros(3, self.world.world_size, dtype=torch.float64)
+        rows[:, self.world.global_rank] = torch.tensor([pace.own_ms, pace.data_ms, pace.wait_ms])
         # Brought together on the device, so that the host waits for it once and not for each value.
         packed = torch.stack([v.to(self.world.device, torch.float64) for v in local.values()]).cpu()
-        summed = self.world.peers.sum(torch.cat([packed, own])).tolist()
+        summed = self.world.peers.sum(torch.cat([packed, rows.flatten()])).tolist()
         values = dict(zip(local, summed, strict=False))
         report = self._report(values, summed[len(local) :])
         self._update_evidence(values, report.val_loss)
-        with split.timed("signal"):
+        with split.timed("signal"), phases("validation"):
             signals, flops = self.signal.measure(), self.cost.flops()
         return replace(report, worth=self._worth(values), signals=signals, flops=flops, spent_ms=split.ms)
 
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Validate the model as it is, and nothing else: the weighted loss of each of this rank's samples, (n,), and
+        the sum of their accuracies, 0-D; both float64 on the device. Collective, for the buffers."""
+        self.replica.synchronise_buffers()
+        self.forward.prepare(self._first_batch)
+        sums, losses = self._pass(self._plan)
+        return losses, sums["accuracy"].to(torch.float64)
+
     def _validate(self) -> dict[str, Tensor]:
         """This rank's sums over the validation data, of the model as it is and of each seed that is probed."""
-        self.forward.prepare(self._first_batch)
+        self._prepare()
         sums, losses = self._pass(self._plan)
         local = {f"val/{name}": value for name, value in sums.items()}
         local["squares"] = losses.square().sum()
@@ -155,6 +166,10 @@ class Evaluator:
                 for name, value in values.items():
                     totals[name] = totals[name] + value.sum() if name in totals else value.sum()
         return totals, torch.cat(losses)
+
+    def _prepare(self) -> None:
+        with self.replica.ledger.phases("compile"):
+            self.forward.prepare(self._first_batch)
 
     def _first_batch(self) -> Batch:
         return next(iter(self.loader.batches(self.task.validation, self._plan[:1])))
@@ -194,7 +209,7 @@ class Evaluator:
             found[f"{key}/mismatch"] = torch.tensor(float(bool(gauge.mismatch)))
         return found
 
-    def _report(self, values: Mapping[str, float], own_ms: Sequence[float]) -> Report:
+    def _report(self, values: Mapping[str, float], of_ranks: Sequence[float]) -> Report:
         steps = values["train/steps"]
         noise = standard_error(values["val/loss"], values["squares"], self.size)
         means = {n.removeprefix("val/"): v / self.size for n, v in values.items() if n.startswith("val/")}
@@ -202,7 +217,10 @@ class Evaluator:
         step_ms = values["step_ms"] / self.world.world_size
         owners = self.replica.owner_metrics()
         loss, accuracy = means.pop("loss"), means.pop("accuracy")
-        return Report(train_loss, loss, accuracy, means, tuple(own_ms), noise, step_ms=step_ms, owners=owners)
+        ranks = self.world.world_size
+        own_ms, data_ms, wait_ms = (tuple(of_ranks[at : at + ranks]) for at in range(0, 3 * ranks, ranks))
+        return Report(train_loss, loss, accuracy, means, own_ms, noise, step_ms=step_ms, owners=owners,
+                      data_ms=data_ms, wait_ms=wait_ms)  # fmt: skip
 
     def _worth(self, values: Mapping[str, float]) -> dict[str, Worth]:
         found = {}

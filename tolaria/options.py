@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from tolaria.config import Config, Scalar
+from tolaria.config import Config
+from tolaria.config_fields import Scalar
 from tolaria.config_keys import Key, known_keys, shown, unknown_key
 from tolaria.errors import ConfigError
 
@@ -49,6 +50,10 @@ def _parser(mapping_flags: Sequence[str]) -> argparse.ArgumentParser:
     common.add_argument("--debug", dest="train.debug", metavar="true|false", help=debug, **switch)
     traced = "same as --profile.enabled; see [profile] for which steps of which ranks"
     common.add_argument("--profile", dest="profile.enabled", metavar="true|false", help=traced, **switch)
+    detail = common.add_mutually_exclusive_group()
+    for name, text in (("quiet", "only start, problems and end"), ("verbose", "times and ranks at every boundary too")):
+        detail.add_argument(f"--{name}", dest="log.detail", action="store_const", const=name,
+                            help=f"{text}; same as --log.detail {name}")  # fmt: skip
     groups = {section: parser.add_argument_group(section) for section in get_type_hints(Config)}
     for path, key in known_keys().items():
         flag = f"--{path}.NAME" if key.is_mapping else f"--{path}"

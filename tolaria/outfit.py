@@ -1,6 +1,7 @@
 """What a run is fitted out with beside what it trains: memory for snapshots, writers of files, the operator's desk."""
 
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +18,30 @@ from tolaria.recovery.journal import Journal
 from tolaria.recovery.snapshots import SnapshotRing
 from tolaria.rundir import RunDir
 from tolaria.state import TrainState
+from tolaria.telemetry.board import NAME, Board, Clock, Former, read_former
+from tolaria.telemetry.goodput import Ledger
 from tolaria.telemetry.metrics import MetricsLog
+
+
+def make_clock(config: Config, world: World, run: RunDir, began: float, cleanup: ExitStack) -> Clock:
+    """This rank's clock, which goes since ``began`` (of `time.perf_counter`), and the board on rank 0.
+
+    Rank 0's clock goes on from what the start before has left on the board.
+    """
+    if not world.is_coordinator:
+        return Clock(Ledger(began=began), None)
+    path = run.path / NAME
+    now_ns, since_s = time.time_ns(), time.perf_counter() - began
+    former = read_former(path, run.run_id) if config.log.status_s else None
+    known = former or Former(started_ns=now_ns - round(since_s * 1e9))
+    ledger = Ledger(
+        began=began, former=former.goodput if former else None, furthest=known.furthest,
+        gap_s=former.gap_s(now_ns - round(since_s * 1e9)) if former else 0.0,
+    )  # fmt: skip
+    facts = {"run_id": run.run_id, "name": config.run.name, "started_ns": known.started_ns,
+             "world_size": world.world_size, "device": str(world.device)}  # fmt: skip
+    board = Board(path, interval_s=config.log.status_s, ledger=ledger, facts=facts, check_owner=run.check_owner)
+    return Clock(ledger, cleanup.enter_context(board))
 
 
 def make_ring(config: Config, world: World, run: RunDir, cleanup: ExitStack) -> SnapshotRing:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tolaria.config import POLICY_NONE
+from tolaria.config_tamiyo import POLICY_NONE
 from tolaria.data import Loader, dataset_size
 from tolaria.dist import World
 from tolaria.errors import TaskError

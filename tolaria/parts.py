@@ -18,6 +18,7 @@ from tolaria.profiling import Unprofiled
 from tolaria.record import RunRecord
 from tolaria.saving import Saver
 from tolaria.state import TrainState
+from tolaria.status import RunStatus
 from tolaria.step import TrainStep
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
@@ -42,6 +43,7 @@ class Parts:
     saver: Saver
     alarm: Alarm
     record: RunRecord
+    status: RunStatus
     events: EventLog
     metrics: MetricsLog | None
     progress: Progress

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,14 @@ def start_time(pid: int) -> int:
     # The second field is the program's name in parentheses, which may itself contain spaces and parentheses.
     fields = line.rpartition(")")[2].split()
     return int(fields[_STARTTIME_FIELD - 3])
+
+
+def since_start_s() -> float:
+    """Seconds since this process was started, to a hundredth; 0 where this is unknown."""
+    ticks = start_time(os.getpid())
+    if not ticks:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def agent_id() -> str | None:

@@ -8,20 +8,23 @@ from statistics import median
 from typing import Any
 
 from tolaria.coordinator.apply import Applied
-from tolaria.coordinator.ledger import describe
 from tolaria.leyline.types import SeedStage
+from tolaria.leyline.words import describe
 from tolaria.lives import SeedLives
 from tolaria.measure import Report
 from tolaria.recovery.checkpoint import SaveOutcome
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.telemetry.events import EventLog, Level
-from tolaria.telemetry.pace import stragglers
+from tolaria.telemetry.pace import data_bound, slowness, stragglers
 from tolaria.telemetry.progress import BoundaryRow, Progress, SeedCell
 from tolaria.telemetry.split import Split
 from tolaria.telemetry.summary import Score
 
 # Stages in which a seed acts on the model's output.
 ACTING = (SeedStage.BLENDING, SeedStage.PROBATIONARY, SeedStage.FOSSILIZED)
+
+MAX_TOLD = 64
+"""Ranks whose numbers an event lists."""
 
 
 class RunRecord:
@@ -43,6 +46,7 @@ class RunRecord:
         self.seconds_before = 0.0
         self._straggler_ratio = straggler_ratio
         self._slow: list[int] = []
+        self._data_bound = False
         self._committed = ""
         self._started = self._last_row = time.monotonic()
 
@@ -94,6 +98,7 @@ class RunRecord:
             owners=_owners(report, state),
             # Told once: from each of a thousand ranks the times of a thousand ranks are 10 MB at every boundary.
             own_ms=[round(ms, 3) for ms in report.own_ms] if self.events.rank == 0 else [],
+            data_ms=[round(ms, 3) for ms in report.data_ms] if self.events.rank == 0 else [],
         )  # fmt: skip
 
     def _tell_stragglers(self, report: Report) -> None:
@@ -101,11 +106,16 @@ class RunRecord:
         slow = stragglers(report.own_ms, self._straggler_ratio)
         for rank in slow:
             usual = median(ms for other, ms in enumerate(report.own_ms) if other != rank)
-            self.events.emit("straggler", "warning", straggler=rank, own_ms=report.own_ms[rank], others_ms=usual)
+            self.events.emit("straggler", "warning", straggler=rank, own_ms=report.own_ms[rank], others_ms=usual,
+                             data_ms=report.data_ms[rank])  # fmt: skip
             if rank not in self._slow:
-                text = f"rank {rank}: {report.own_ms[rank]:.0f} ms a step of its own, the others {usual:.0f} ms"
-                self.progress.note(text, label="slow", level="warning")
+                self.progress.note(slowness(rank, report.own_ms, report.data_ms), label="slow", level="warning")
         self._slow = slow
+        bound = data_bound(report.data_ms, report.step_ms)
+        if bound and not self._data_bound:
+            self.events.emit("data_bound", "warning", data_ms=list(report.data_ms[:MAX_TOLD]), step_ms=report.step_ms)
+            self.progress.note(bound, label="data", level="warning")
+        self._data_bound = bool(bound)
 
     def _row(self, report: Report) -> None:
         now = time.monotonic()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from tolaria.compiled_code import CompiledCode
+from tolaria.compiled_code import CompiledCode, compiling_seen
 from tolaria.config import Config
 from tolaria.dist import World
 from tolaria.errors import TaskError
@@ -28,6 +28,7 @@ from tolaria.objective import Batch, Objective
 from tolaria.optim.compiled import CompiledStep
 from tolaria.state import TrainState, named_buffers_of
 from tolaria.telemetry.events import EventLog
+from tolaria.telemetry.goodput import Ledger
 from tolaria.trial import MODEL_ERRORS, Reach, fine_on_one, host_reach, without_a_trace
 
 Part: TypeAlias = tuple[Any, ...]
@@ -41,8 +42,9 @@ class Replica:
     """Runs forward and backward of this rank's model. Holds no state of its own that a checkpoint would need."""
 
     def __init__(
-        self, state: TrainState, world: World, config: Config, events: EventLog, code: CompiledCode | None = None
-    ) -> None:
+        self, state: TrainState, world: World, config: Config, events: EventLog, code: CompiledCode | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:  # fmt: skip
         self.state = state
         self.world = world
         self.config = config
@@ -52,7 +54,8 @@ class Replica:
         self.compiled_step = CompiledStep() if config.optim.compile_step else None
         self.shadows: list[tuple[Seed, Objective]] = []
         self.tally = Tally(list(state.kasmina.seeds), world.device)
-        self.sync = make_sync(state, world, config, self.tally)
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.sync = make_sync(state, world, config, self.tally, self.ledger)
         self._warm: set[Part] = set()
         self._gave_up = False
         self._moving: set[str] = set()
@@ -64,6 +67,7 @@ class Replica:
             self._settings.enter_context(
                 torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
             )
+            self._settings.enter_context(compiling_seen(self.ledger))
             if config.aggregate.mode == "pcgrad":
                 # A graph that has given its buffers away can not run backward a second time.
                 self._settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
@@ -171,6 +175,10 @@ class Replica:
         new = self._parts() - self._warm
         if not new:
             return
+        with self.ledger.phases("compile"):
+            self._warm_up(sample, new)
+
+    def _warm_up(self, sample: Callable[[int], Batch], new: set[Part]) -> None:
         verdict, reason = self._try_in_turns(sample, new)
         if verdict == _NOT_COMPILED:
             self.compiled, self.compiled_step, self._gave_up = False, None, True

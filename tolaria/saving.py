@@ -86,7 +86,9 @@ class Saver:
     def finish(self) -> str | None:
         """Wait for the save in flight; its error, None when it was committed or there was none."""
         limit_s = self.config.dist.timeout_s
-        if not self.writer.wait(limit_s):
+        with self.replica.ledger.phases("checkpoint"):
+            over = self.writer.wait(limit_s)
+        if not over:
             raise CheckpointError(f"a checkpoint was still being written after {limit_s:g} s (dist.timeout_s)")
         return self.collect()
 
@@ -102,4 +104,5 @@ class Saver:
 
     def _save(self, payload: Payload) -> None:
         self._branch = payload.branch
-        self.writer.save(payload)
+        with self.replica.ledger.phases("checkpoint"):
+            self.writer.save(payload)

@@ -1,26 +1,10 @@
 """The benchmarks of growth and of the start run, and what they write is whole. Their times are nobody's verdict."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def quick(name: str, out: Path) -> tuple[str, dict[str, Any]]:
-    """What a benchmark prints, and its JSON."""
-    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(out)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 110
-    return done.stdout, json.loads((out / f"{name}.json").read_text())
+from tests.benchmark import quick
 
 
 @pytest.mark.processes

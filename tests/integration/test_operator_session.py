@@ -18,11 +18,14 @@ import pytest
 from tests.faults.test_processes import digest_of, let_go, start, wait_until_held
 from tests.torchrun import ROOT, Job
 from tolaria.errors import RunUnreachable
+from tolaria.leyline.codec import encode_command
 from tolaria.leyline.framing import new_key_file_text
 from tolaria.orders.client import RunClient
-from tolaria.orders.words import HELLO, PAUSE, Order
+from tolaria.orders.words import HELLO, PAUSE, Order, Outcome
 from tolaria.recovery.fsops import FileOps
 from tolaria.recovery.wal import WalKind, WalRecord, read_log
+from tolaria.tamiyo import policy as do
+from tolaria.tamiyo.policy import with_identity
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -169,11 +172,12 @@ def test_a_run_that_stood_still_is_the_one_that_did_not(folder: Path) -> None:
     shutil.rmtree(folder / "run")
     with start(folder) as job:
         wait_until_held(job, folder)
-        pausing = Sent(folder / "run", "pause")
+        pausing = Sent(folder / "run", Order(action=PAUSE))
+        wait_until_asked(job, folder / "run", 1)
         let_go(folder)
         paused = pausing.outcome()
         job.wait_until(lambda: len(job.events("paused")) == 2 or None, "both ranks standing still")
-        assert send(folder / "run", "resume")["step"] == paused["step"]
+        assert send(folder / "run", "resume")["step"] == paused.step
         assert digest_of(job.finish()) == digest
 
 
@@ -185,9 +189,13 @@ def test_an_act_holds_over_the_death_of_a_rank(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         with start(folder, max_restarts=3) as job:
             wait_until_held(job, folder)
-            sent = [Sent(folder / "run", "lr", "--scale", "0.5"), Sent(folder / "run", "pause")]
+            # A command's id is part of what the state remembers: in both runs the same.
+            halve = encode_command(with_identity(do.scale_lr("*", 0.5), "op-1", issued_by="test", issued_at_ns=1))
+            orders = [Order(action="command", command=halve), Order(action=PAUSE)]
+            sent = [Sent(folder / "run", order) for order in orders]
+            wait_until_asked(job, folder / "run", 2)
             let_go(folder)
-            steps = {one.outcome()["step"] for one in sent}
+            steps = {one.outcome().step for one in sent}
             assert len(steps) == 1
             if kill:
                 job.rank(1).kill()
@@ -200,15 +208,26 @@ def test_an_act_holds_over_the_death_of_a_rank(folder: Path) -> None:
     assert digests[0] == digests[1]
 
 
+def wait_until_asked(job: Job, run: Path, orders: int) -> None:
+    """Until so many orders wait; the training thread does not get to them meanwhile."""
+    client = RunClient.of(run)
+
+    def waiting() -> bool | None:
+        return client.send(Order(action=HELLO)).details["waiting"] == orders or None
+
+    job.wait_until(waiting, f"{orders} orders waiting")
+
+
 class Sent:
     """An order on its way, while the test goes on."""
 
-    def __init__(self, run: Path, *words: str) -> None:
-        self._found: dict[str, Any] = {}
-        self._thread = threading.Thread(target=lambda: self._found.update(send(run, *words)))
+    def __init__(self, run: Path, order: Order) -> None:
+        self._found: list[Outcome] = []
+        self._thread = threading.Thread(target=lambda: self._found.append(RunClient.of(run).send(order)))
         self._thread.start()
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> Outcome:
         self._thread.join(60)
-        assert self._found.get("state") == "applied", self._found
-        return self._found
+        [found] = self._found
+        assert found.state == "applied", found
+        return found

@@ -87,7 +87,6 @@ def optimizer(group: str = "host", **values: float) -> Command:
 
 
 REFUSED: list[tuple[Command, str]] = [
-    (do.pause(), "unsupported"),
     (bare(CommandType.EMERGENCY), "unsupported"),
     (bare(CommandType.STRUCTURAL_PRUNING), "unsupported"),
     (do.germinate("nowhere", "low_rank"), "unknown_seed"),
@@ -409,13 +408,22 @@ def test_when_one_rank_cannot_follow_every_rank_is_back_where_it_was(rig: Rig, p
     rig.boundary()
     optimizer_before, before = rig.state.optimizer, rig.state.digest()
     commands = [do.germinate("early", "low_rank"), do.start_grafting("late"), do.scale_lr("host", 0.5),
-                do.conservative(False), do.pause()]  # fmt: skip
+                do.conservative(False), bare(CommandType.EMERGENCY)]  # fmt: skip
     applied = carry_out(rig, signed(*commands), peers=peers)
     assert codes(applied) == {"c0": code, "c1": code, "c2": code, "c3": code, "c4": "unsupported"}
     assert not applied.structure_changed
     assert rig.state.optimizer is optimizer_before
     assert rig.state.mode == Mode()
     assert nothing_changed(rig, before)
+
+
+def test_a_pause_is_taken_over_on_every_rank_and_not_when_the_decision_fails(rig: Rig) -> None:
+    carry_out(rig, signed(do.pause(reason="look"), do.germinate("early", "low_rank")), broken=True)
+    assert rig.state.hand.paused is None
+    before = rig.state.digest()
+    assert only(carry_out(rig, signed(do.pause(reason="look")))).applied
+    assert rig.state.hand.paused == "look"
+    assert rig.state.digest() == before  # standing still is no part of what is trained
 
 
 def test_a_structure_that_does_not_run_is_taken_back(rig: Rig) -> None:
@@ -462,7 +470,7 @@ def test_a_blueprint_that_fails_in_training_is_refused_and_the_run_goes_on(
 
 
 def test_sixty_four_commands_are_each_answered(rig: Rig) -> None:
-    applied = carry_out(rig, signed(*[do.pause()] * 64))
+    applied = carry_out(rig, signed(*[bare(CommandType.EMERGENCY)] * 64))
     assert len(applied.outcomes) == 64
     assert {outcome.code for outcome in applied.outcomes} == {"unsupported"}
 

@@ -104,7 +104,6 @@ SEED_OPERATIONS = [
 @pytest.mark.parametrize(
     "command",
     [
-        do.pause(),
         bare(CommandType.EMERGENCY), bare(CommandType.STRUCTURAL_PRUNING),
         Command(command_id="c", command_type=CommandType.CIRCUIT_BREAKER, payload=breaker(CircuitState.HALF_OPEN)),
     ],

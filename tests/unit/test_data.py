@@ -133,6 +133,15 @@ def test_an_epoch_ends_after_its_steps_and_the_next_has_another_order(
     assert (rank.epoch, rank.cursor) == (2, 0)
 
 
+def test_epochs_of_which_everything_is_left_out_are_passed_over_at_once() -> None:
+    (rank,) = samplers(10, 1, 2, 1)
+    rank.skip([(0, 4, 10), (1, 0, 10), (2, 0, 6), (2, 6, 10)])
+    assert [rank.advance() for _ in range(2)] == [False, True]
+    assert (rank.epoch, rank.cursor, rank.window) == (3, 0, (3, 0, 2))
+    rank.skip([(3, 0, 10)])
+    assert rank.turn_over() and rank.epoch == 4 and not rank.turn_over()
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     (one,), (other,), (reseeded,) = samplers(40, 1, 3, 1), samplers(40, 1, 7, 2), samplers(40, 1, 3, 1, seed=1)
     stream = torch.get_rng_state()

@@ -234,7 +234,7 @@ def test_one_bad_command_does_not_lose_the_others() -> None:
     ("wire", "code"),
     [
         (tolaria_pb2.Decision(version=1, reason="ok"), "enum"),
-        (tolaria_pb2.Decision(version=1, reason="ok", source=3), "enum"),  # type: ignore[arg-type]
+        (tolaria_pb2.Decision(version=1, reason="ok", source=4), "enum"),  # type: ignore[arg-type]
         (tolaria_pb2.Decision(version=1, source=tolaria_pb2.DECISION_SOURCE_POLICY), "text"),
         (tolaria_pb2.Decision(version=1, reason="ok", source=tolaria_pb2.DECISION_SOURCE_POLICY, commands=[b""] * 65),
          "count"),

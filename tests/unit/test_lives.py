@@ -15,6 +15,7 @@ from tolaria.lives import SeedLives
 from tolaria.measure import TRAIN_METERS, Report, Worth
 from tolaria.tamiyo import policy as do
 from tolaria.telemetry.meters import Meters
+from tolaria.telemetry.pace import StepTimes
 from tolaria.telemetry.summary import SeedRecord
 
 CONFIG = tiny_config(output_ratio=1e6, embargo_boundaries=1)
@@ -34,7 +35,7 @@ class Ledger:
         state = self.rig.state
         state.boundary += 1
         state.kasmina.tick(state.left_overs)
-        report = self.rig.evaluator.measure(Meters(TRAIN_METERS), step_ms=step_ms)
+        report = self.rig.evaluator.measure(Meters(TRAIN_METERS), StepTimes(whole_ms=step_ms))
         applied: Applied = self.rig.apply(*commands)
         assert all(outcome.applied for outcome in applied.outcomes), applied.outcomes
         self.finished += self.lives.boundary(report)

@@ -8,7 +8,7 @@ import pytest
 from tests.packets import operations, slot, state
 from tolaria.errors import ConfigError
 from tolaria.leyline.codec import decode_command, encode_command
-from tolaria.leyline.limits import MAX_STRING_CHARS
+from tolaria.leyline.limits import MAX_COMMANDS, MAX_STRING_CHARS
 from tolaria.leyline.types import Command, SeedCommand, SeedOp, SeedStage, SeedState
 from tolaria.tamiyo.policies import load_policy
 from tolaria.tamiyo.policies import worth as values
@@ -444,3 +444,9 @@ def test_every_reason_fits_the_wire_whole() -> None:
 def test_bad_settings_are_named_with_what_is_accepted(args: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(args))}=.*: expected"):
         load_policy("heuristic", args)
+
+
+def test_it_commands_no_more_than_a_reply_holds() -> None:
+    seeds = tuple(slot(f"s{i}", SeedStage.GERMINATED, boundaries_in_stage=1, gate_ok=1) for i in range(100))
+    commands = HeuristicPolicy().decide(state(5, seeds=seeds), ())
+    assert len(commands) == MAX_COMMANDS

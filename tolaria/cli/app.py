@@ -5,18 +5,27 @@ No command imports torch before it needs it: `tolaria status` answers at once.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
-from tolaria.cli import logs, runs, status, top, why
+from tolaria.cli import logs, policy, runs, status, top, why
+from tolaria.cli.attempt import attempt
+from tolaria.cli.audit import audit
+from tolaria.cli.export import export
+from tolaria.cli.replay import replay
+from tolaria.cli.report import report
 from tolaria.cli.send import send, undo
+from tolaria.cli.verify import verify
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 the answer is no (a check failed, a command was refused); 2 wrong arguments; 73 no such run, or
 its directory cannot be read; 74 a checkpoint or log is damaged; 75 the run is not running, or does not answer.
 """
+
+WRONG_WORDS: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What is raised for arguments that are wrong; newer versions of typer have their own copy of click's."""
 
 app = typer.Typer(
     name="tolaria", help="See a run of Tolaria, steer it while it trains, and check afterwards what happened.",
@@ -25,12 +34,19 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+app.command("audit")(audit)
+app.command("export")(export)
 app.command("logs", epilog=logs.EXAMPLES)(logs.logs)
+app.add_typer(policy.app, name="policy")
+app.command("replay")(replay)
+app.command("report")(report)
 app.command("runs", epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
 app.command("top", epilog=top.EXAMPLES)(top.top)
+app.command("try")(attempt)
 app.command("undo")(undo)
+app.command("verify")(verify)
 app.command("why", epilog=why.EXAMPLES)(why.why)
 
 
@@ -38,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments; the exit code. Errors are one line on stderr."""
     try:
         result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
-    except click.ClickException as error:
+    except WRONG_WORDS as error:
         error.show()
-        return error.exit_code
-    except click.Abort:
+        return int(error.exit_code)
+    except typer.Abort:
         return 130
     except TolariaError as error:
         sys.stderr.write(f"tolaria: {' '.join(str(error).split())}\n")

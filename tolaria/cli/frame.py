@@ -7,7 +7,7 @@ from rich.text import Text
 
 from tolaria.cli.screen import STYLES
 from tolaria.telemetry.words import printable
-from tolaria.view.curves import draw, thinned
+from tolaria.view.drawing import draw, thinned
 from tolaria.view.lookout import View
 from tolaria.view.now import Now
 from tolaria.view.panels import panels

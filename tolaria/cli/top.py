@@ -19,7 +19,7 @@ from tolaria.cli.frame import MIN_HEIGHT, frame
 from tolaria.cli.printing import print_json
 from tolaria.cli.screen import can_show, make_console, say
 from tolaria.cli.status import JsonOption, RunArgument
-from tolaria.view.curves import BRAILLE
+from tolaria.view.drawing import BRAILLE
 from tolaria.view.files import open_files
 from tolaria.view.lookout import Lookout, View
 from tolaria.view.sections import SHARES

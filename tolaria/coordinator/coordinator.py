@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tolaria.config import TamiyoConfig
+from tolaria.config_tamiyo import TamiyoConfig
 from tolaria.coordinator.apply import Applied
 from tolaria.coordinator.decision import ANSWERED, NO_POLICY, NOT_ASKED, Answer, decide
 from tolaria.coordinator.delivery import NO_DECISION, obey
@@ -38,6 +38,7 @@ from tolaria.replica import Replica
 from tolaria.state import TrainState
 from tolaria.tamiyo.breaker import CircuitBreaker
 from tolaria.tamiyo.client import PolicyClient
+from tolaria.tamiyo.shadow import Shadow
 from tolaria.telemetry.events import EventLog, Level
 from tolaria.telemetry.split import Split
 
@@ -49,7 +50,8 @@ class Coordinator:
     """Runs the handshake and carries its decision to all ranks. One per rank; the policy is asked by rank 0 only.
 
     The decision is in the log before it is broadcast. A boundary that the run goes through again, after a restart,
-    takes its decision from the log; the policy is not asked a second time.
+    takes its decision from the log; the policy is not asked a second time. ``shadow``, where one is set, is asked what
+    the policy is asked.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Coordinator:
         self._journal = journal
         self._client = client
         self._revive = revive
+        self.shadow: Shadow | None = None
         self._facts = facts
         self._losses: deque[float] = deque(maxlen=LOSS_HISTORY)
         self._sample = sample
@@ -107,6 +110,8 @@ class Coordinator:
         applied.outcomes += screened
         with split.timed("telemetry"):
             self._tell(applied, report)
+            if self.shadow is not None:
+                self.shadow.ask()
         return applied
 
     def act(self, frame: bytes | None) -> Applied:
@@ -146,6 +151,11 @@ class Coordinator:
         screened: list[Outcome] = []
         if logged is None:
             answer = self._ask(request, split)
+            if self.shadow is not None:
+                new = self._client is not None and answer.code not in (NO_POLICY, NOT_ASKED)
+                payload = self._client.payload if self._client is not None and new else b""
+                commanded = answer.commands if answer.code == ANSWERED else None
+                self.shadow.hold(self.state.boundary, request, payload, commanded)
             with split.timed("decision"):
                 answer, screened = self._screen(answer)
                 logged = self._record(answer)

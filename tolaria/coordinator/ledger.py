@@ -13,19 +13,8 @@ from typing import Any
 
 from tolaria.coordinator.plan import Outcome
 from tolaria.leyline.limits import clip_measurement, clip_text, is_name
-from tolaria.leyline.types import (
-    FREEZE,
-    HYPERPARAMETERS,
-    LR_SCALE,
-    OPTIMIZER_CLASS,
-    UNDO,
-    BreakerCommand,
-    Command,
-    FieldOutcome,
-    FieldReport,
-    OptimizerCommand,
-    SeedCommand,
-)
+from tolaria.leyline.types import FieldOutcome, FieldReport, SeedCommand
+from tolaria.leyline.words import describe
 from tolaria.telemetry.summary import CommandRecord
 
 MAX_PENDING = 64
@@ -41,32 +30,6 @@ class _Watched:
     due: int
     loss: float
     accuracy: float
-
-
-def describe(command: Command) -> str:
-    """A command in a few words: "germinate late with conv_residual"."""
-    payload = command.payload
-    if isinstance(payload, SeedCommand):
-        extra = f" with {payload.blueprint_id}" if payload.blueprint_id else ""
-        return f"{payload.operation.name.lower().replace('_', ' ')} {command.target_seed_id}{extra}"
-    if isinstance(payload, OptimizerCommand):
-        known = [name for name in HYPERPARAMETERS if name in payload.hyperparameters]
-        names = known + sorted(payload.hyperparameters.keys() - set(known))
-        words = ", ".join(_hyperparameter(name, payload.hyperparameters[name]) for name in names)
-        if payload.optimizer_id.startswith(OPTIMIZER_CLASS):
-            return f"optimizer {payload.optimizer_id.removeprefix(OPTIMIZER_CLASS)}: {words}"
-        return f"{payload.optimizer_id or '*'}: {words}"
-    if isinstance(payload, BreakerCommand):
-        return f"breaker {payload.desired_state.name.lower()}"
-    return command.command_type.name.lower().replace("_", " ")
-
-
-def _hyperparameter(name: str, value: float) -> str:
-    if name == LR_SCALE:
-        return f"lr x{value:g}"
-    if name == FREEZE and value in (0.0, 1.0):
-        return "freeze" if value else "thaw"
-    return UNDO if name == UNDO and value == 1.0 else f"{name} {value:g}"
 
 
 class Ledger:

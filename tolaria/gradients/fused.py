@@ -34,6 +34,7 @@ from tolaria.optim.aggregate import (
     rescaling,
 )
 from tolaria.state import TrainState, named_buffers_of
+from tolaria.telemetry.goodput import Ledger
 
 WEIGHT_FLOOR = 2.0**-24
 """Stands for a weight of 0, next to the largest: below the rounding of a float32 sum, and a power of 2, so that taking
@@ -45,7 +46,8 @@ WEIGHT_FLOOR_FP16 = 2.0**-10
 class FusedGradients(ABC):
     """What both modes share: the buffer, its reduction, and what DDP would do besides. See `GradientSync`."""
 
-    def __init__(self, state: TrainState, world: World, owners: Owners, tally: Tally) -> None:
+    def __init__(self, state: TrainState, world: World, owners: Owners, tally: Tally, ledger: Ledger) -> None:
+        self.ledger = ledger
         self.state = state
         self.world = world
         self.owners = owners
@@ -112,7 +114,8 @@ class FusedGradients(ABC):
         """Begin to count; rank 0's buffers go to all ranks."""
         self._tail.zero_()
         if self.sends_buffers:
-            send_from_first((b for _, b in named_buffers_of(self.state)), self.world.data_group)
+            with self.ledger.phases("sync"):
+                send_from_first((b for _, b in named_buffers_of(self.state)), self.world.data_group)
 
     def finish(self) -> None:
         """Reduce the buffer and make one gradient of the host's."""
@@ -151,9 +154,10 @@ class WeightedGradients(FusedGradients):
     """
 
     def __init__(
-        self, state: TrainState, world: World, owners: Owners, tally: Tally, *, seam: Tensor, floor: float
-    ) -> None:
-        super().__init__(state, world, owners, tally)
+        self, state: TrainState, world: World, owners: Owners, tally: Tally, ledger: Ledger, *, seam: Tensor,
+        floor: float,
+    ) -> None:  # fmt: skip
+        super().__init__(state, world, owners, tally, ledger)
         self._seam = seam
         self._floor = floor
         self._weights: list[float] = []
@@ -200,8 +204,10 @@ class WeightedGradients(FusedGradients):
 class ProjectedGradients(FusedGradients):
     """PCGrad: each owner's gradient of the host by itself, conflicting ones projected. Seeds get the plain sum."""
 
-    def __init__(self, state: TrainState, world: World, owners: Owners, tally: Tally, *, run_seed: int) -> None:
-        super().__init__(state, world, owners, tally)
+    def __init__(
+        self, state: TrainState, world: World, owners: Owners, tally: Tally, ledger: Ledger, *, run_seed: int
+    ) -> None:
+        super().__init__(state, world, owners, tally, ledger)
         self._run_seed = run_seed
         self._of_sample = torch.empty(0, dtype=torch.int64)
         self._present: tuple[int, ...] = ()

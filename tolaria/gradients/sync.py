@@ -4,6 +4,7 @@ All are made anew when seeds come or go: a parameter that was added after that i
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
@@ -11,11 +12,13 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, cat, nn
+from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 from tolaria.dist import World
 from tolaria.objective import Batch
 from tolaria.state import TrainState, named_buffers_of
+from tolaria.telemetry.goodput import Ledger
 
 # The newer name keeps the sync of buffers at construction, the older one is all that torch 2.11 knows.
 _SYNC_BUFFERS = (
@@ -58,10 +61,27 @@ class GradientSync(Protocol):
         """Let go of parameters and hooks."""
 
 
-class DdpGradients:
-    """Every sample counts the same: one backward pass, reduced by DDP; in one process without it."""
+class _Ddp(DistributedDataParallel):
+    """DDP whose waiting for rank 0's buffers is seen."""
 
-    def __init__(self, state: TrainState, world: World, bucket_mb: int) -> None:
+    waiting: AbstractContextManager[None] = nullcontext()
+
+    def _sync_buffers(self) -> None:
+        with self.waiting:
+            super()._sync_buffers()  # type: ignore[no-untyped-call]
+
+
+class DdpGradients:
+    """Every sample counts the same: one backward pass, reduced by DDP; in one process without it.
+
+    ``ledger``: is told of the waiting for other ranks. On the CPU the wait for their gradients is at the end of the
+    backward pass, after everything of this rank's own; on CUDA it is no wait of the host's.
+    """
+
+    def __init__(self, state: TrainState, world: World, bucket_mb: int, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._reduces = False
+        self._own_over = math.inf
         self.state = state
         self.world = world
         self.bucket_mb = bucket_mb
@@ -92,7 +112,7 @@ class DdpGradients:
         device = self.world.device
         self.sends_buffers = next(named_buffers_of(self.state), None) is not None
         sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: self.sends_buffers}
-        return DistributedDataParallel(
+        ddp = _Ddp(
             objective,
             device_ids=[device.index] if device.type == "cuda" else None,
             process_group=self.world.data_group,
@@ -101,18 +121,35 @@ class DdpGradients:
             gradient_as_bucket_view=True,
             bucket_cap_mb=self.bucket_mb,
         )
+        ddp.waiting = self.ledger.inside("sync wait")
+        return ddp
 
     def begin(self) -> None:
         """Nothing: DDP's forward pass sends the buffers."""
 
     def microbatch(self, batch: Batch, position: int, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are reduced in the last microbatch only."""
+        self._reduces = last and self._ddp is not None and self.world.device.type == "cpu"
         return self._ddp.no_sync() if self._ddp is not None and not last else nullcontext()
 
     def backward(self, loss: Tensor) -> Tensor:
         """``loss``: 0-D."""
-        self.state.scaler.scale(loss).backward()
+        scaled = self.state.scaler.scale(loss)
+        if not self._reduces:
+            scaled.backward()
+            return loss.detach()
+        self._own_over = math.inf
+        scaled.register_hook(self._at_the_end)
+        scaled.backward()
+        self.ledger.since(self._own_over, "sync wait")
         return loss.detach()
+
+    def _at_the_end(self, gradient: Tensor) -> None:
+        # What is queued first is called first: before DDP's own, which waits for the other ranks.
+        Variable._execution_engine.queue_callback(self._note_end)
+
+    def _note_end(self) -> None:
+        self._own_over = self.ledger.now()
 
     def finish(self) -> None:
         """Nothing: DDP has reduced all in the last backward pass."""

@@ -34,6 +34,7 @@ __all__ = [
     "new_key_file_text",
     "open_frame",
     "outcome_header",
+    "peek",
     "reply_header",
     "request_header",
     "run_id_bytes",
@@ -211,9 +212,7 @@ def open_frame(raw: bytes, keys: KeyRing, kind: FrameKind) -> Frame:
     """
     if not OVERHEAD_BYTES <= len(raw) <= kind.max_frame_bytes:
         raise MessageRejected("size", f"frame of {len(raw)} bytes, expected {OVERHEAD_BYTES} to {kind.max_frame_bytes}")
-    magic, major, _, number, named_key, run_id, generation, boundary, seq, corr_id, digest, wall_ns, length = (
-        _HEADER.unpack_from(raw)
-    )
+    magic, major, _, number, named_key, run_id, *_, length = _HEADER.unpack_from(raw)
     if magic != MAGIC:
         raise MessageRejected("magic", "not a Tolaria frame")
     if major != MAJOR:
@@ -226,11 +225,18 @@ def open_frame(raw: bytes, keys: KeyRing, kind: FrameKind) -> Frame:
         raise MessageRejected("kind", f"frame of kind {number}, expected {kind.name} ({kind.value})")
     if length != len(raw) - OVERHEAD_BYTES:
         raise MessageRejected("length", f"header names {length} payload bytes, {len(raw) - OVERHEAD_BYTES} came")
+    header, payload = peek(raw, kind)
+    return Frame(header=header, payload=payload)
+
+
+def peek(raw: bytes, kind: FrameKind) -> tuple[FrameHeader, bytes]:
+    """Header and payload of a frame of at least `OVERHEAD_BYTES`, taken for one of ``kind``. Nothing is verified."""
+    _, _, _, _, key, run_id, generation, boundary, seq, corr_id, digest, wall_ns, _ = _HEADER.unpack_from(raw)
     header = FrameHeader(
         kind=kind, run_id=run_id, generation=generation, boundary=boundary, seq=seq, corr_id=corr_id,
-        request_sha256=digest, wall_ns=wall_ns, key_id=named_key,
+        request_sha256=digest, wall_ns=wall_ns, key_id=key,
     )  # fmt: skip
-    return Frame(header=header, payload=raw[HEADER_BYTES:-MAC_BYTES])
+    return header, raw[HEADER_BYTES:-MAC_BYTES]
 
 
 def check_reply(request: FrameHeader, reply: FrameHeader) -> None:

@@ -8,6 +8,7 @@ import getpass
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +27,7 @@ from tolaria.orders.words import Order, Outcome, decode_outcome, encode_order
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.transport import DealerTransport
 
-RESEND_S = 1.0
+TRY_S, RESEND_S = 15.0, 1.0
 
 
 class RunClient:
@@ -77,11 +78,14 @@ class RunClient:
             except MessageRejected:
                 return None
 
-        transport = DealerTransport(parse_endpoint(self._endpoint, ADDRESS_NAME))
+        transport = DealerTransport(parse_endpoint(self._endpoint, ADDRESS_NAME), patient=True)
+        frame, end = seal(header, payload, self._keys), time.monotonic() + wait_s
         try:
-            return transport.exchange(
-                seal(header, payload, self._keys), accept, deadline_s=wait_s, resend_s=min(RESEND_S, wait_s / 2)
-            )
+            while (left := end - time.monotonic()) > TRY_S:
+                # A connection may be lost while the run is busy: the same order over another one is not a second order.
+                with suppress(PolicyUnavailable):
+                    return transport.exchange(frame, accept, deadline_s=TRY_S, resend_s=RESEND_S)
+            return transport.exchange(frame, accept, deadline_s=left, resend_s=min(RESEND_S, left))
         except PolicyUnavailable as error:
             raise RunUnreachable(
                 f"no answer within {wait_s:g} s: the run is busy in a long step or validation, or dead, or the key is "

@@ -33,7 +33,7 @@ from tolaria.leyline.framing import (
     run_id_bytes,
     seal,
 )
-from tolaria.orders.words import HELLO, Order, Outcome, decode_order, encode_outcome
+from tolaria.orders.words import EMERGENCY, HELLO, PAUSE, STOP, Order, Outcome, decode_order, encode_outcome
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.socketdir import SocketDir
 from tolaria.tamiyo.transport import RouterTransport
@@ -44,6 +44,9 @@ ADDRESS_NAME = "operator.json"
 MAX_WAITING = 64
 MAX_REMEMBERED = 256
 WAKE_S = 0.1
+LINGER_S, CLOSE_S = 1.0, 5.0
+"""For the answer to who asked the run to stop, on a busy machine."""
+URGENT = frozenset({STOP, PAUSE, EMERGENCY})
 
 
 class Waiting(NamedTuple):
@@ -103,7 +106,8 @@ class OrderDesk:
     def open(self) -> None:
         """Bind, write the address into the run directory, begin to serve. Raises RunDirError, ConfigError."""
         self._folder = SocketDir()
-        self._router = RouterTransport(parse_endpoint(f"ipc://{self._folder.socket_path}", "the operator's socket"))
+        endpoint = parse_endpoint(f"ipc://{self._folder.socket_path}", "the operator's socket")
+        self._router = RouterTransport(endpoint, patient=True)
         address = {
             "endpoint": self._router.url, "generation": self._generation, "run_id": self._run_id, "pid": os.getpid(),
             "host": sockets.gethostname(),
@@ -113,6 +117,12 @@ class OrderDesk:
         except OSError as error:
             raise RunDirError(f"{self._run / ADDRESS_NAME}: cannot be written ({error.strerror})") from error
         self._thread.start()
+
+    @property
+    def urgent(self) -> str:
+        """What waits and is not to wait for something long to end, "" for nothing. Any thread."""
+        with self._lock:
+            return next((w.order.action for w in self._queue if w.order.action in URGENT), "")
 
     def take(self) -> Waiting | None:
         """The oldest order that waits, None when there is none."""
@@ -131,7 +141,7 @@ class OrderDesk:
         """Send what is left, end the thread, remove socket and address. Safe to call twice."""
         self._closing = True
         if self._thread.is_alive():
-            self._thread.join(5 * WAKE_S)
+            self._thread.join(CLOSE_S)
         if self._folder is not None:
             (self._run / ADDRESS_NAME).unlink(missing_ok=True)
             self._folder.close()
@@ -164,7 +174,9 @@ class OrderDesk:
             return
         self._known[order.order_id] = fresh
         if order.action == HELLO:
-            fresh.outcome = Outcome(order_id=order.order_id, state="applied", details=dict(self._hello()))
+            fresh.outcome = Outcome(
+                order_id=order.order_id, state="applied", details={**self._hello(), "waiting": len(self._queue)}
+            )
         elif order.order_id in self._before:
             fresh.outcome = _refused(order, "done_before", "an order of this id was carried out by an earlier start")
         elif len(self._queue) >= MAX_WAITING:
@@ -196,7 +208,7 @@ class OrderDesk:
         except zmq.ZMQError as error:
             warn(f"tolaria: the run takes no more orders ({error}); training goes on")
         finally:
-            router.close()
+            router.close(linger_s=LINGER_S)
 
 
 def open_desk(

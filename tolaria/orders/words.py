@@ -15,10 +15,10 @@ from tolaria.errors import MessageRejected
 from tolaria.leyline.limits import MAX_COMMAND_BYTES, MAX_ORDER_BYTES, check_text
 
 VERSION = 1
-COMMAND, UNDO, PAUSE, RESUME, CHECKPOINT, STOP, EMERGENCY, HELLO = (
-    "command", "undo", "pause", "resume", "checkpoint", "stop", "emergency", "hello",
+COMMAND, UNDO, PAUSE, RESUME, CHECKPOINT, STOP, EMERGENCY, TRY, HELLO = (
+    "command", "undo", "pause", "resume", "checkpoint", "stop", "emergency", "try", "hello",
 )  # fmt: skip
-ACTIONS = frozenset({COMMAND, UNDO, PAUSE, RESUME, CHECKPOINT, STOP, EMERGENCY, HELLO})
+ACTIONS = frozenset({COMMAND, UNDO, PAUSE, RESUME, CHECKPOINT, STOP, EMERGENCY, TRY, HELLO})
 """hello asks whether the run is there and where it is; it changes nothing and needs no rank but the first."""
 
 State: TypeAlias = Literal["applied", "refused", "checked"]
@@ -31,7 +31,8 @@ class Order:
     """What an operator asks for.
 
     order_id: 32 hex digits; an id is carried out once in the life of a run. command: a serialized AdaptationCommand,
-    for the action "command" only. arguments: plain values, by action: undo has "weights", emergency "level".
+    for the action "command" only. arguments: plain values, by action: undo has "weights", emergency "level",
+    try "change" and "steps".
     dry_run: the ranks check it, and nothing happens.
     """
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tolaria.config import TamiyoConfig
+from tolaria.config_tamiyo import TamiyoConfig
 from tolaria.leyline.types import CircuitState
 
 GRAVE_CODES = frozenset({"auth", "version", "schema"})

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tolaria.config import TamiyoConfig
+from tolaria.config_tamiyo import TamiyoConfig
 from tolaria.errors import MessageRejected, PolicyUnavailable
 from tolaria.leyline.codec import ReceivedReply, decode_reply, encode_request
 from tolaria.leyline.framing import (
@@ -33,6 +33,7 @@ from tolaria.leyline.types import EmergencySignal, PolicyRequest
 from tolaria.tamiyo.curve import load_client_curve
 from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.inbox import Limit, SignalInbox
+from tolaria.tamiyo.recording import Keep, What, keep_nothing
 from tolaria.tamiyo.transport import DealerTransport, Transport
 from tolaria.telemetry.split import Split
 
@@ -48,7 +49,8 @@ class PolicyClient:
     ``rejected`` counts, over the client's life, the frames that were not accepted, by code: those of
     `tolaria.leyline.framing` and its codec, "multipart", "unread" for frames beyond the limits of one question,
     "unasked" for frames that came between two questions and are no signals, "flood" and "transport" for connections
-    given up between two questions.
+    given up between two questions. ``payload`` is that of the newest question, empty before the first. ``keep`` is
+    told of each question, and of each frame that was accepted.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class PolicyClient:
         generation: str,
         resend_ms: int,
         wall_ns: Callable[[], int] = time.time_ns,
+        keep: Keep = keep_nothing,
     ) -> None:
         self.rejected: Counter[str] = Counter()
+        self.payload = b""
+        self._keep = keep
         self._transport = transport
         self._keys = keys
         self._run_id = run_id
@@ -69,7 +74,7 @@ class PolicyClient:
         self._resend_ms = resend_ms
         self._wall_ns = wall_ns
         self._seq = 0
-        self._inbox = SignalInbox(keys, self.rejected, run_id=run_id, generation=generation)
+        self._inbox = SignalInbox(keys, self.rejected, run_id=run_id, generation=generation, keep=keep)
 
     @property
     def signal_mark(self) -> int:
@@ -115,7 +120,8 @@ class PolicyClient:
         split = split or Split()
         with split.timed("encode"):
             header, frame = self._question(request, boundary)
-        open_question = _OpenQuestion(header, self._keys, self.rejected, self._inbox)
+        self._keep(What.REQUEST, frame)
+        open_question = _OpenQuestion(header, self._keys, self.rejected, self._inbox, self._keep)
         try:
             with split.timed("round_trip"):
                 return self._transport.exchange(
@@ -128,8 +134,9 @@ class PolicyClient:
 
     def _question(self, request: PolicyRequest, boundary: int) -> tuple[FrameHeader, bytes]:
         """Header and signed frame of the next question."""
+        self.payload = b""
         try:
-            payload = encode_request(request)
+            payload = self.payload = encode_request(request)
         except MessageRejected as error:
             raise PolicyUnavailable("request", f"the state cannot be sent: {error}") from error
         self._seq += 1
@@ -147,7 +154,10 @@ class PolicyClient:
 class _OpenQuestion:
     """Judges the frames that come while one question is open."""
 
-    def __init__(self, header: FrameHeader, keys: KeyRing, rejected: Counter[str], inbox: SignalInbox) -> None:
+    def __init__(
+        self, header: FrameHeader, keys: KeyRing, rejected: Counter[str], inbox: SignalInbox, keep: Keep
+    ) -> None:
+        self._keep = keep
         self.auth_failure: MessageRejected | None = None
         self._header = header
         self._keys = keys
@@ -185,14 +195,23 @@ class _OpenQuestion:
                 self.auth_failure = error
             return None
         try:
-            return decode_reply(frame.payload)
+            reply = decode_reply(frame.payload)
         except MessageRejected as error:
             self._rejected[error.code] += 1
+            self._keep(What.MALFORMED, raw)
             raise PolicyUnavailable("schema", f"the policy's reply is malformed: {error}") from error
+        self._keep(What.REPLY, raw)
+        return reply
 
 
 def open_client(
-    config: TamiyoConfig, *, run_id: str, generation: str, endpoint: str = "", key_file: str | Path = ""
+    config: TamiyoConfig,
+    *,
+    run_id: str,
+    generation: str,
+    endpoint: str = "",
+    key_file: str | Path = "",
+    keep: Keep = keep_nothing,
 ) -> PolicyClient:
     """A client as configured; ``endpoint`` and ``key_file`` are those of an embedded policy, if that is used.
 
@@ -202,4 +221,4 @@ def open_client(
     keys = load_key_file(key_file or config.key_file)
     curve = load_client_curve(config.curve_server_key_file, config.curve_secret_file)
     transport = DealerTransport(parse_endpoint(url, "tamiyo.endpoint"), curve)
-    return PolicyClient(transport, keys, run_id=run_id, generation=generation, resend_ms=config.resend_ms)
+    return PolicyClient(transport, keys, run_id=run_id, generation=generation, resend_ms=config.resend_ms, keep=keep)

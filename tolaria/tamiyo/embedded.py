@@ -69,6 +69,12 @@ class EmbeddedPolicy:
         """Process id of the server."""
         return self._child.pid
 
+    @property
+    def ended(self) -> str | None:
+        """None while the server runs; else how it ended, and the last line that it said."""
+        code = self._child.poll()
+        return None if code is None else f"code {code}, {self._last_words()}"
+
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         """Return when the server answers at its endpoint. Local; blocks at most ``timeout_s`` seconds.
 
@@ -154,5 +160,8 @@ class EmbeddedPolicy:
             self._ready = -1
 
     def _last_words(self) -> str:
-        lines = self._log_path.read_text(errors="replace").splitlines()
+        try:
+            lines = self._log_path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            return f"its log {self._log_path} cannot be read ({error.strerror})"
         return lines[-1] if lines else "it said nothing"

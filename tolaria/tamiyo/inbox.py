@@ -12,6 +12,7 @@ from tolaria.errors import MessageRejected
 from tolaria.leyline.codec import decode_signal
 from tolaria.leyline.framing import FrameKind, KeyRing, check_signal, open_frame
 from tolaria.leyline.types import EmergencySignal
+from tolaria.tamiyo.recording import Keep, What, keep_nothing
 
 MAX_WAITING = 64
 
@@ -37,8 +38,11 @@ class SignalInbox:
     accepted ones that nobody took: of more than `MAX_WAITING` the oldest of the lowest level goes.
     """
 
-    def __init__(self, keys: KeyRing, rejected: Counter[str], *, run_id: str, generation: str) -> None:
+    def __init__(
+        self, keys: KeyRing, rejected: Counter[str], *, run_id: str, generation: str, keep: Keep = keep_nothing
+    ) -> None:
         self.mark = 0
+        self._keep = keep
         self._keys = keys
         self._rejected = rejected
         self._run_id = run_id
@@ -55,6 +59,7 @@ class SignalInbox:
             self._rejected[error.code] += 1
             return
         self.mark = signal.mark
+        self._keep(What.SIGNAL, raw)
         self._waiting.append(signal)
         if len(self._waiting) > MAX_WAITING:
             self._waiting.remove(min(self._waiting, key=lambda waiting: waiting.level))

@@ -7,13 +7,11 @@ it is up in a fraction of a second.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tolaria.errors import ConfigError
 from tolaria.leyline.framing import load_key_file
@@ -21,7 +19,7 @@ from tolaria.process import StopFlag
 from tolaria.tamiyo.curve import load_server_curve
 from tolaria.tamiyo.desk import Desk
 from tolaria.tamiyo.endpoint import parse_endpoint
-from tolaria.tamiyo.policies import FORMS, load_policy
+from tolaria.tamiyo.policies import FORMS, load_policy, read_args
 from tolaria.tamiyo.policy import Policy
 from tolaria.tamiyo.transport import RouterTransport
 
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    args = _policy_args(options.arg)
+    args = read_args(options.arg)
     spare = [load_policy(options.policy, args)]
 
     def make_policy() -> Policy:
@@ -95,19 +93,6 @@ def _orphaned(parent_pid: int | None) -> bool:
 def _tell_ready(descriptor: int, url: str) -> None:
     with os.fdopen(descriptor, "w") as pipe:
         pipe.write(f"{url}\n")
-
-
-def _policy_args(pairs: Sequence[str]) -> dict[str, Any]:
-    args: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not (equals and name.isidentifier()):
-            raise ConfigError(f"--arg={pair!r}: expected NAME=VALUE")
-        try:
-            args[name] = json.loads(text)
-        except json.JSONDecodeError:
-            args[name] = text
-    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,13 +57,15 @@ class DealerTransport:
     """`Transport` over a ZeroMQ DEALER that connects to ``endpoint``. One thread uses it.
 
     Context and socket are made at the first exchange, so that processes forked before inherit neither. A failed
-    exchange closes the socket: late answers, and whatever else a peer has sent, go with it.
+    exchange closes the socket: late answers, and whatever else a peer has sent, go with it. ``patient``: for a peer on
+    this machine whose silence means nothing.
     """
 
-    def __init__(self, endpoint: Endpoint, curve: ClientCurve | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, curve: ClientCurve | None = None, *, patient: bool = False) -> None:
         require_protection(endpoint, curve, "tamiyo.endpoint")
         self._endpoint = endpoint
         self._curve = curve
+        self._patient = patient
         self._context: Context | None = None
         self._socket: zmq.Socket[bytes] | None = None
 
@@ -97,6 +99,21 @@ class DealerTransport:
             self._drop_socket()
             raise
 
+    def post(self, frame: bytes) -> bool:
+        """Send without waiting for an answer; False where there is no peer that takes it now. Connects if need be.
+
+        Raises PolicyUnavailable("transport").
+        """
+        try:
+            return _try_send(self._open(), [frame])
+        except zmq.ZMQError as error:
+            self._drop_socket()
+            raise PolicyUnavailable("transport", f"{self._endpoint.url}: {error}") from error
+
+    def connect(self) -> None:
+        """Begin to connect, so that a later `post` finds its peer."""
+        self._open()
+
     def _ask(self, request: bytes, accept: Accept[T], deadline: float, resend_s: float) -> T | None:
         """The exchange itself; None when the deadline has passed."""
         budget = _Budget()
@@ -124,7 +141,7 @@ class DealerTransport:
             if self._context is None:
                 self._context = zmq.Context()
             socket = self._context.socket(zmq.DEALER)
-            _set_options(socket, self._endpoint, FrameKind.REPLY)
+            _set_options(socket, self._endpoint, FrameKind.REPLY, patient=self._patient)
             socket.setsockopt(zmq.IMMEDIATE, 1)
             socket.setsockopt(zmq.RECONNECT_IVL, 50)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
@@ -161,13 +178,13 @@ class RouterTransport:
     Raises ConfigError when the endpoint cannot be bound, or would be reachable from other hosts without CURVE.
     """
 
-    def __init__(self, endpoint: Endpoint, curve: ServerCurve | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, curve: ServerCurve | None = None, *, patient: bool = False) -> None:
         require_protection(endpoint, curve, "--bind")
         require_free(endpoint, "--bind")
         self._context: Context = zmq.Context()
         self._doorkeeper = None if curve is None else Doorkeeper(self._context, curve)
         self._socket = self._context.socket(zmq.ROUTER)
-        _set_options(self._socket, endpoint, FrameKind.REQUEST)
+        _set_options(self._socket, endpoint, FrameKind.REQUEST, patient=patient)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if curve is not None:
             curve.apply(self._socket)
@@ -197,9 +214,9 @@ class RouterTransport:
         """Queue one frame; False when that peer is gone or does not read."""
         return _try_send(self._socket, [receiver, frame])
 
-    def close(self) -> None:
-        """Unbind and drop everything at once."""
-        self._socket.close(linger=0)
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Unbind; what is not sent by then is dropped after ``linger_s``."""
+        self._socket.close(linger=_milliseconds(linger_s))
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
@@ -255,16 +272,20 @@ def _try_send(socket: "zmq.Socket[bytes]", parts: list[bytes]) -> bool:
     return True
 
 
-def _set_options(socket: "zmq.Socket[bytes]", endpoint: Endpoint, incoming: FrameKind) -> None:
+def _set_options(socket: "zmq.Socket[bytes]", endpoint: Endpoint, incoming: FrameKind, *, patient: bool) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 16)
     socket.setsockopt(zmq.RCVHWM, 16)
     socket.setsockopt(zmq.MAXMSGSIZE, incoming.max_frame_bytes)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 250)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 750)
-    # In tenths of a second on the wire; libzmq rounds down.
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 750)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
+    if patient:
+        # The other side may be starved for seconds on a busy machine, and its end is told by the kernel.
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 30_000)
+    else:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 250)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 750)
+        # In tenths of a second on the wire; libzmq rounds down.
+        socket.setsockopt(zmq.HEARTBEAT_TTL, 750)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
     socket.setsockopt(zmq.IPV6, int(endpoint.ipv6))
 
 

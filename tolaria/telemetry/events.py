@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -37,6 +38,7 @@ class EventLog:
         self.rank = rank
         self.run_id = run_id
         self.step = 0
+        self._marks: dict[str, object] = {}
         self._mono_ns = mono_ns
         self._wall_ns = wall_ns
         self._file = LineFile(path, write=write, notice=self._lost)
@@ -55,6 +57,15 @@ class EventLog:
         while the disk is slow, may take it along. For what every boundary tells, or another file holds as well."""
         self._append(kind, level, fields, wait=False)
 
+    @contextmanager
+    def marked(self, **fields: object) -> Iterator[None]:
+        """Every event of this rank has these fields as well, inside."""
+        before, self._marks = self._marks, {**self._marks, **fields}
+        try:
+            yield
+        finally:
+            self._marks = before
+
     def close(self) -> None:
         """Close the file; idempotent."""
         self._file.close()
@@ -71,7 +82,7 @@ class EventLog:
     def _record(self, kind: str, level: Level, fields: dict[str, object]) -> dict[str, object]:
         return {
             "kind": kind, "level": level, "run_id": self.run_id, "rank": self.rank, "step": self.step,
-            "mono_ns": self._mono_ns(), "wall_ns": self._wall_ns(), **fields,
+            "mono_ns": self._mono_ns(), "wall_ns": self._wall_ns(), **self._marks, **fields,
         }  # fmt: skip
 
 

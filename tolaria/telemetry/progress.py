@@ -1,36 +1,26 @@
 """What a person sees while a run trains: one calm line per boundary, on rank 0's terminal."""
 
 import os
-import shutil
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, TextIO, TypeAlias
+from typing import Literal, TextIO, TypeAlias
 
-from rich.console import Console
-from rich.control import Control
-from rich.segment import ControlType
 from rich.text import Text
 
 from tolaria.telemetry import report
-from tolaria.telemetry.lines import warn
 from tolaria.telemetry.summary import RunSummary
-from tolaria.telemetry.words import number, percent, printable, short_duration, short_path
+from tolaria.telemetry.terminal import Line, Mode, Terminal
+from tolaria.telemetry.words import number, percent, short_duration, short_path
 
-Mode: TypeAlias = Literal["auto", "plain", "off"]
+Detail: TypeAlias = Literal["quiet", "normal", "verbose"]
 Level: TypeAlias = Literal["info", "warning", "error", "critical"]
-Line: TypeAlias = tuple[str, str]  # label, text
 
 HEADER = f"{'epoch':>5} {'step':>6}  {'train':>6}  {'val':>6}  {'acc':>6}  {'lr':>7}  {'time':>6}  {'ckpt':<4}  seeds"
 SEEDS_COLUMN = HEADER.index("seeds")
 HEADER_EVERY_ROWS = 40
-LABEL_WIDTH, MAX_LABEL_WIDTH = 10, 24
-MIN_WIDTH, MAX_WIDTH = 60, 120
 TRANSIENT_INTERVAL_S = 0.1
 
-NO_STYLES: Mapping[str, str] = {}
 LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "bold red", "critical": "bold red"}
 STAGE_STYLES = {"FOSSILIZED": "green", "CULLED": "red", "EMBARGOED": "dim", "RESETTING": "dim", "TERMINATED": "dim"}
 
@@ -85,42 +75,28 @@ class BoundaryRow:
     checkpoint: str = ""
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        # rich would end the process here; training goes on without its progress.
-        raise BrokenPipeError("the reader of the progress is gone")
+class Progress(Terminal):
+    """Writes the progress of a run as a `Terminal` does; every rank but 0 has one that is "off".
 
-
-class Progress:
-    """Writes the progress of a run to a terminal or a file.
-
-    "auto": colours and a status line that is overwritten, on a capable terminal; plain text elsewhere and under
-    NO_COLOR. "plain": always plain text. "off": nothing (every rank but 0). All methods are local and draw at once.
-    An output that fails (closed pipe, full disk) turns the progress off, told once on stderr; nothing is raised.
+    ``detail``: "quiet" shows the head, warnings and errors, and the end; "verbose" also what boundaries are told with
+    `details`. All methods are local and draw at once.
     """
 
     def __init__(
         self,
         mode: Mode = "auto",
         *,
+        detail: Detail = "normal",
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         environ: Mapping[str, str] = os.environ,
         width: int | None = None,
     ) -> None:
-        self._file = sys.stdout if file is None else file
-        self._on = mode != "off"
-        capable = not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
-        self._live = mode == "auto" and capable and self._file.isatty()
+        super().__init__(mode, file=file, environ=environ, width=width)
+        self.detail: Detail = detail
+        self._steps = self._live and detail != "quiet"
         self._clock = clock
-        self._fixed_width = width
-        self._console = _Console(
-            file=self._file, force_terminal=self._live, no_color=not self._live,
-            color_system="auto" if self._live else None, _environ=environ,
-            highlight=False, markup=False, emoji=False, legacy_windows=False,
-        )  # fmt: skip
         self._drawn_at = -TRANSIENT_INTERVAL_S
-        self._transient = False
         self._rows = 0
         self._mode = "normal"
         self._best_accuracy = 0.0
@@ -132,12 +108,12 @@ class Progress:
 
     def status(self, text: str) -> None:
         """A word about something that takes long ("compiling"), overwritten by whatever comes next; terminals only."""
-        if self._live:
+        if self._live and self.detail != "quiet":
             self._draw(text)
 
     def step_due(self) -> bool:
         """True when `step` would draw now: only then is it worth reading the loss from the device."""
-        return self._on and self._live and self._clock() - self._drawn_at >= TRANSIENT_INTERVAL_S
+        return self._on and self._steps and self._clock() - self._drawn_at >= TRANSIENT_INTERVAL_S
 
     def step(self, info: StepInfo) -> None:
         """The position inside an epoch, on the overwritten line; at most ten times a second, terminals only."""
@@ -157,6 +133,8 @@ class Progress:
         if row.mode != self._mode:
             self._mode = row.mode
             self.note(f"{row.mode} from here on", label="mode", level="info" if row.mode == "normal" else "warning")
+        if self.detail == "quiet":
+            return
         if self._rows % HEADER_EVERY_ROWS == 0:
             self._print(Text(HEADER, style="dim"))
         self._rows += 1
@@ -165,7 +143,15 @@ class Progress:
 
     def note(self, text: str, *, label: str = "", level: Level = "info") -> None:
         """Something worth knowing between two boundaries; ``label`` says from whom or about what ("tamiyo")."""
+        if self.detail == "quiet" and level == "info":
+            return
         self._labelled(label, text, indent=6, style=LEVEL_STYLES[level])
+
+    def details(self, lines: Sequence[Line]) -> None:
+        """More about the boundary that has just been shown, for those who want to know."""
+        if self.detail == "verbose":
+            for label, text in lines:
+                self._labelled(label, text, indent=6, style="dim")
 
     def summary(self, summary: RunSummary) -> None:
         """The end of the run: results, seeds, commands with reason and effect, and how to go on."""
@@ -187,9 +173,9 @@ class Progress:
         # Paths and commands stay on one line whatever their length: they are there to be copied.
         self._block("Files", [place for place in places if place[1]], wrap=False)
 
-    def close(self) -> None:
-        """Take away the overwritten line, if there is one; idempotent."""
-        self._write(self._erase)
+    def _draw(self, text: str) -> None:
+        super()._draw(text)
+        self._drawn_at = self._clock()
 
     def _row_lines(self, row: BoundaryRow) -> list[Text]:
         accuracy_style = ""
@@ -225,74 +211,3 @@ class Progress:
                 text += f" {seed.alpha:.2f}"
             cells.append((self._clean(text), STAGE_STYLES.get(seed.stage, "cyan")))
         return cells
-
-    def _block(
-        self, title: str, lines: Sequence[Line], *, styles: Mapping[str, str] = NO_STYLES, wrap: bool = True
-    ) -> None:
-        self._print(Text(self._clean(title), style="bold"))
-        width = max([LABEL_WIDTH, *(min(len(label), MAX_LABEL_WIDTH) for label, _ in lines)])
-        for label, text in lines:
-            self._labelled(label, text, width=width, style=styles.get(label, ""), wrap=wrap)
-
-    def _labelled(
-        self, label: str, text: str, *, indent: int = 2, width: int = LABEL_WIDTH, style: str = "", wrap: bool = True
-    ) -> None:
-        margin = " " * indent + f"{self._clean(label):<{width}}  "
-        body = self._clean(text)
-        room = max(20, self._width - len(margin))
-        pieces = textwrap.wrap(body, room, break_on_hyphens=False) if wrap else [body]
-        for index, piece in enumerate(pieces):
-            self._print(Text.assemble((margin if index == 0 else " " * len(margin), "dim"), (piece, style)))
-
-    @property
-    def _width(self) -> int:
-        columns = self._fixed_width or shutil.get_terminal_size((80, 24)).columns
-        return max(MIN_WIDTH, min(columns, MAX_WIDTH))
-
-    def _clean(self, text: str) -> str:
-        return printable(text, self._file.encoding or "utf-8")
-
-    def _print(self, line: Text) -> None:
-        def draw() -> None:
-            self._erase()
-            self._console.print(line, no_wrap=True, overflow="ignore", crop=False, soft_wrap=True)
-
-        self._write(draw)
-
-    def _draw(self, text: str) -> None:
-        def draw() -> None:
-            self._erase()
-            # One column stays free: a full line would wrap, and erasing it would leave half of it.
-            cut = self._clean(text)[: self._width - 1]
-            self._console.print(Text(cut, style="dim"), end="", no_wrap=True, overflow="ignore", soft_wrap=True)
-            self._transient = True
-            self._drawn_at = self._clock()
-
-        self._write(draw)
-
-    def _erase(self) -> None:
-        if self._transient:
-            self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
-            self._transient = False
-
-    def _write(self, draw: Callable[[], None]) -> None:
-        if not self._on:
-            return
-        try:
-            draw()
-            self._file.flush()
-        except (OSError, ValueError) as error:  # ValueError: the file was closed
-            self._on = False
-            warn(f"tolaria: progress output stopped ({error}); training goes on")
-            self._discard_output()
-
-    def _discard_output(self) -> None:
-        # What is still buffered would fail again when the interpreter flushes it at exit, and turn a finished run
-        # into exit code 120.
-        try:
-            target = self._file.fileno()
-        except (OSError, ValueError):
-            return  # no descriptor: nothing is flushed to it later
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, target)
-        os.close(null)

@@ -1,7 +1,8 @@
 """The end of a run in words: (label, text) lines that the terminal lays out. Pure."""
 
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from tolaria.telemetry.summary import CommandRecord, IncidentRecord, RunSummary, SeedRecord
 from tolaria.telemetry.words import counted, duration, large, number, percent
@@ -12,6 +13,12 @@ OUTCOMES = {
     "unstable": "Gave up",
     "halted": "Halted by an emergency",
 }
+
+FEW = 4
+"""So many ranks are shown one by one, and so many parts of the time of a boundary."""
+
+WAITED = 0.2
+"""A rank that takes so much longer than the others is named."""
 
 
 def headline(summary: RunSummary) -> str:
@@ -94,9 +101,59 @@ def incident_lines(incident: IncidentRecord) -> Iterator[tuple[str, str]]:
     yield "  then", ", ".join(done)
 
 
+def time_lines(goodput: Mapping[str, float], *, least: float = 0.001) -> Iterator[tuple[str, str]]:
+    """Seconds by category, the longest first; what is less than ``least`` of all is summed up at the end."""
+    whole = sum(goodput.values())
+    small = 0.0
+    for category, seconds in sorted(goodput.items(), key=lambda pair: -pair[1]):
+        if seconds >= least * whole and seconds >= 0.05:
+            yield category, f"{seconds / whole:6.1%}  {duration(seconds)}"
+        else:
+            small += seconds
+    if small >= 0.05:
+        yield "the rest", f"{small / whole:6.1%}  {duration(small)}"
+
+
+def share_line(goodput: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """What the time between two readings was mostly spent on, the longest first, in one line."""
+    spent = {category: seconds - before.get(category, 0.0) for category, seconds in goodput.items()}
+    whole = sum(spent.values())
+    shares = sorted(((s / whole, c) for c, s in spent.items() if s > 0.01 * whole), reverse=True) if whole > 0 else []
+    return ", ".join(f"{category} {share:.0%}" for share, category in shares[:FEW])
+
+
+def balance_line(own_ms: Sequence[float], data_ms: Sequence[float], wait_ms: Sequence[float]) -> str:
+    """What a step takes the ranks: by rank where they are few, else the least and the most, with whose it is."""
+    parts = []
+    for name, times in (("own", own_ms), ("data", data_ms), ("waiting", wait_ms)):
+        if len(times) <= FEW:
+            parts.append(f"{name} {' / '.join(f'{ms:.1f}' for ms in times)}")
+        else:
+            most = max(range(len(times)), key=times.__getitem__)
+            parts.append(f"{name} {min(times):.1f} to {times[most]:.1f} (rank {most})")
+    return f"{', '.join(parts)} ms a step"
+
+
+def waiting_line(rank_times: Sequence[Mapping[str, float]]) -> str:
+    """For whom the ranks wait, and whether it is for its data; "" where nobody waits long for anybody."""
+    if len(rank_times) < 2:
+        return ""
+    own = [times["compute"] + times["data wait"] for times in rank_times]
+    last = max(range(len(own)), key=own.__getitem__)
+    usual = statistics.median(other for rank, other in enumerate(own) if rank != last)
+    ahead = own[last] - usual
+    if ahead < 1.0 or ahead < WAITED * own[last]:
+        return ""
+    data = statistics.median(times["data wait"] for rank, times in enumerate(rank_times) if rank != last)
+    reason = "for its data" if rank_times[last]["data wait"] - data > ahead / 2 else "for its computing"
+    return f"the others waited {duration(ahead)} for rank {last}, {reason}"
+
+
 def sections(summary: RunSummary) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What follows the results, by title: seeds, commands, incidents; those without lines are empty."""
+    """What follows the results, by title: time, seeds, commands, incidents; those without lines are empty."""
+    waiting = waiting_line(summary.rank_times)
     return [
+        ("Time", [*time_lines(summary.goodput), *([("ranks", waiting)] if waiting else [])]),
         ("Seeds", [line for seed in summary.seeds for line in seed_lines(seed)]),
         ("Commands", [line for command in summary.commands for line in command_lines(command)]),
         ("Incidents", [line for incident in summary.incidents for line in incident_lines(incident)]),

@@ -120,8 +120,10 @@ class RunSummary:
 
     ``outcome``: "finished", "stopped" (asked to), "unstable" (gave up) or "halted" (by an emergency).
     ``before_growth`` is the last validation before the first seed acted on the model's output, None if none did.
-    ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex. ``profile``: the
-    page of the profiler, "" without one. ``resume``: the command that goes on from here.
+    ``goodput``: seconds of rank 0 by what they were spent on, over all starts (`tolaria/telemetry/goodput.py`); their
+    sum is ``seconds``. ``rank_times``: by rank, seconds of compute, data wait and sync wait in this start, steps done
+    again included. ``latency_ms``: per part of the boundary, see `latency_split`. ``state_digest``: rank -> hex.
+    ``profile``: the page of the profiler, "" without one. ``resume``: the command that goes on from here.
     """
 
     outcome: str
@@ -150,6 +152,8 @@ class RunSummary:
     resume: str = ""
     state_digest: Mapping[int, str] = field(default_factory=dict)
     counters: Mapping[str, float] = field(default_factory=dict)
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    rank_times: Sequence[Mapping[str, float]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

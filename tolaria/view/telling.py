@@ -21,7 +21,8 @@ def tell(event: Event) -> str:
     """What happened, in one sentence."""
     kind = text(event.get("kind")) or "event"
     teller = TELLERS.get(kind)
-    return teller(event) if teller is not None else _plainly(kind, event)
+    told = teller(event) if teller is not None else _plainly(kind, event)
+    return f"in a rehearsal: {told}" if "rehearsal" in event else told
 
 
 def clock(event: Event) -> str:
@@ -149,6 +150,11 @@ def _stuck(event: Event) -> str:
     return f"rank {whole(event.get('stuck_rank'))} is stuck{_because(event)}; ended, stacks: {stacks}"
 
 
+def _rehearsed(event: Event) -> str:
+    steps = counted(whole(event.get("steps")), "step")
+    return f"tried {text(event.get('what'))} for {steps} and took it back: {text(event.get('verdict'))}"
+
+
 def _mode(event: Event) -> str:
     return f"{text(event.get('mode'))} from here on{_because(event)}"
 
@@ -213,6 +219,7 @@ TELLERS: Mapping[str, Teller] = {
     "profile_failed": _simple("the profile could not be made"),
     "profile_written": lambda e: f"profile written to {text(e.get('path'))}",
     "rank_stuck": _stuck,
+    "rehearsed": _rehearsed,
     "resumed": _resumed,
     "return_failed": _simple("could not go back"),
     "run_ended": lambda e: f"{text(e.get('outcome'))} after {counted(whole(e.get('steps')), 'step')}",

@@ -47,8 +47,8 @@ def read_log(root: Path, fs: FileOps) -> ReadLog:
     Raises WalError that names file, byte or record, OSError.
     """
     # Before the records: a living run may add some meanwhile.
-    sealed = _sealed(root, fs)
-    names = [name for name in fs.list_dir(root) if _SEGMENT.fullmatch(name)]
+    sealed = sealed_lsn(root, fs)
+    names = segment_names(root, fs)
     segments = [Segment(name, _scanned(root / name, fs)) for name in names]
     for segment in segments[:-1]:
         if not segment.scanned.clean or not segment.scanned.records:
@@ -70,7 +70,12 @@ def seal_bytes(lsn: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
-def _sealed(root: Path, fs: FileOps) -> int:
+def segment_names(root: Path, fs: FileOps) -> list[str]:
+    """The files of the log in their order."""
+    return [name for name in fs.list_dir(root) if _SEGMENT.fullmatch(name)]
+
+
+def sealed_lsn(root: Path, fs: FileOps) -> int:
     """The lsn that the seal names; 0 when there is none or a crash tore it."""
     if not os.path.lexists(root / SEAL):
         return 0

@@ -104,22 +104,23 @@ def scan(raw: bytes) -> Scanned:
     no crash does.
     """
     found, at = [], 0
-    while (record := _record_at(raw, at)) is not None:
+    while (record := record_at(raw, at)) is not None:
         found.append(record)
         at += len(record[2])
-    if any(raw[at:]) and (later := _next_record(raw, at)) is not None:
+    if any(raw[at:]) and (later := next_record(raw, at)) is not None:
         raise WalError(f"bytes {at} to {later} are damaged, and sound records follow")
     return Scanned(tuple(found), at, not any(raw[at:]), len(raw))
 
 
-def _next_record(raw: bytes, start: int) -> int | None:
+def next_record(raw: bytes, start: int) -> int | None:
+    """Where the next sound record behind ``start`` begins."""
     for at in range(start + 1, len(raw) - HEAD_BYTES + 1):
-        if _record_at(raw, at) is not None:
+        if record_at(raw, at) is not None:
             return at
     return None
 
 
-def _record_at(raw: bytes, at: int) -> tuple[WalRecord, bytes, bytes] | None:
+def record_at(raw: bytes, at: int) -> tuple[WalRecord, bytes, bytes] | None:
     """(record, its prev, its bytes) if a sound record begins here."""
     if at + HEAD_BYTES > len(raw):
         return None

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +27,33 @@ def load_policy(spec: str, args: Mapping[str, Any]) -> Policy:
     the name, the file or the arguments; what the user's module or constructor raises comes out as ConfigError with its
     cause.
     """
+    return load_raw(spec, args)[0]
+
+
+def load_raw(spec: str, args: Mapping[str, Any]) -> tuple[Policy, Any]:
+    """As `load_policy`; and what the policy calls its version, as it stands there."""
     if spec.startswith("script:"):
         made = _make(ScriptPolicy, spec, {"file": spec.removeprefix("script:"), **args})
     else:
         made = _make(_BUILT_IN.get(spec) or _import_class(spec), spec, args)
     policy = made if isinstance(made, Policy) else _Adapted(made, spec)
+    version: Any = made.version if hasattr(made, "version") else ""
     policy.version = clip_text(str(policy.version)) or clip_text(spec)
-    return policy
+    return policy, version
+
+
+def read_args(pairs: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments from NAME=VALUE texts; a value is JSON where it can be read as such. Raises ConfigError."""
+    args: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ConfigError(f"--arg={pair!r}: expected NAME=VALUE")
+        try:
+            args[name] = json.loads(text)
+        except json.JSONDecodeError:
+            args[name] = text
+    return args
 
 
 def check_policy(spec: str, args: Mapping[str, Any]) -> None:

@@ -11,28 +11,14 @@ sends no `LOSS_HISTORY` makes it remember losses.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tolaria.leyline.limits import MAX_MEASUREMENT, clip_text, is_name
+from tolaria.leyline.limits import MAX_COMMANDS, MAX_MEASUREMENT, clip_text, is_name
 from tolaria.leyline.types import Command, FieldReport, SeedOp, SeedStage, SeedState, SystemState
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policies import trend, worth
 from tolaria.tamiyo.policies.trend import Course, Trend
 from tolaria.tamiyo.policies.worth import Offer, Verdict
 from tolaria.tamiyo.policy import Policy, boundary_of
-
-LOSS_HISTORY = "loss_history/"
-"""Prefix of training metrics with earlier validation losses: ``loss_history/1`` is one boundary ago."""
-
-HISTORY = 16
-"""So many earlier losses are looked at, at most."""
-
-SLOT_RANK = "slot_rank/"
-"""Prefix of training metrics with the per-sample rank of each slot's tensor: 3 image, 2 tokens, 1 vector."""
-
-BOUNDARIES_LEFT = "boundaries_left"
-"""Training metric: boundaries until the planned end. Nothing is germinated that could not be judged by then."""
-
-CONSERVATIVE = "conservative"
-"""Training metric: 1 in conservative mode, when every structural command would be refused."""
+from tolaria.tamiyo.sight import BOUNDARIES_LEFT, COST, HISTORY, LOSS_HISTORY, SIGNAL, Sight
 
 AUTO = "auto"
 _BLUEPRINT_OF_RANK = {1: "residual_mlp", 2: "residual_mlp", 3: "conv_residual"}
@@ -45,7 +31,6 @@ _NEXT = {
 }
 """What follows once a stage's gate would pass, and why."""
 
-_GROWING = frozenset({*_NEXT, SeedStage.PROBATIONARY})
 _SINCE_CHANGE = {
     SeedStage.FOSSILIZED: 1, SeedStage.CULLED: 0, SeedStage.EMBARGOED: 1, SeedStage.RESETTING: 1, SeedStage.DORMANT: 2,
 }  # fmt: skip
@@ -116,42 +101,38 @@ class HeuristicPolicy(Policy):
     def decide(self, state: SystemState, reports: Sequence[FieldReport]) -> list[Command]:
         """At most one command for each growing seed, or GERMINATE when none grows."""
         losses = self._losses(state)
-        if state.training_metrics.get(CONSERVATIVE, 0.0) > 0:
+        sees = Sight(state)
+        if sees.conservative:
             return []
-        growing = [seed for seed in state.seeds if seed.stage in _GROWING]
-        if growing:
-            commands = [self._advance(seed, state, losses) for seed in growing]
-            return [command for command in commands if command is not None]
-        return self._grow(state, losses)
+        if sees.growing:
+            commands = [self._advance(slot.state, state, losses) for slot in sees.growing]
+            return [command for command in commands if command is not None][:MAX_COMMANDS]
+        return self._grow(sees, losses)
 
     def _losses(self, state: SystemState) -> list[float]:
         """Validation losses of consecutive boundaries, newest first: the packet's; remembered ones if it has none."""
-        sent = state.training_metrics
         now = boundary_of(state)
-        if f"{LOSS_HISTORY}1" in sent:
+        if f"{LOSS_HISTORY}1" in state.training_metrics:
             self._remembered.clear()
-            earlier = {now - back: sent.get(f"{LOSS_HISTORY}{back}") for back in range(1, HISTORY + 1)}
-        else:
-            # After a rollback the undone ones are forgotten.
-            self._remembered = {b: loss for b, loss in self._remembered.items() if now - HISTORY <= b < now}
-            earlier = dict(self._remembered)
-            self._remembered[now] = state.validation_loss
+            return [*Sight(state).losses[: HISTORY + 1]]
+        # After a rollback the undone ones are forgotten.
+        self._remembered = {b: loss for b, loss in self._remembered.items() if now - HISTORY <= b < now}
         losses = [state.validation_loss]
-        while (loss := earlier.get(now - len(losses))) is not None:
+        while (loss := self._remembered.get(now - len(losses))) is not None:
             losses.append(loss)
+        self._remembered[now] = state.validation_loss
         return losses
 
     # Growing
 
-    def _grow(self, state: SystemState, losses: Sequence[float]) -> list[Command]:
-        free = [seed for seed in state.seeds if seed.stage == SeedStage.DORMANT]
-        left = state.training_metrics.get(BOUNDARIES_LEFT)
-        if not free or (left is not None and left < self._course()):
+    def _grow(self, sees: Sight, losses: Sequence[float]) -> list[Command]:
+        left = sees.boundaries_left
+        if not sees.free or (left is not None and left < self._course()):
             return []
-        reason = self._level(losses[: _settled(state.seeds)])
+        reason = self._level(losses[: _settled(sees.state.seeds)])
         if reason is None:
             return []
-        chosen = self._choose(free, state)
+        chosen = self._choose(sees)
         return [do.germinate(o.slot, o.blueprint, reason=_fitting(reason, str(o) if o.score else "")) for o in chosen]
 
     def _course(self) -> int:
@@ -159,21 +140,22 @@ class HeuristicPolicy(Policy):
         and to be judged, beside the stages that last longer."""
         return 3 + self.train_boundaries + self.blend_boundaries + self.payoff_boundaries
 
-    def _choose(self, free: Sequence[SeedState], state: SystemState) -> list[Offer]:
+    def _choose(self, sees: Sight) -> list[Offer]:
         """One offer for each slot that is to grow. Without measured gradients, or where the blueprint that is named was
         not among those measured: the first free slots."""
-        sent = state.training_metrics
+        free = [slot.state for slot in sees.free]
         keys = {key for slot in free for key in slot.metrics}
-        own = {worth.SIGNAL + self.blueprint, worth.COST + self.blueprint}
-        if any(key.startswith(worth.SIGNAL) for key in keys) and (self.blueprint == AUTO or keys & own):
+        own = {SIGNAL + self.blueprint, COST + self.blueprint}
+        if any(key.startswith(SIGNAL) for key in keys) and (self.blueprint == AUTO or keys & own):
             wanted = None if self.blueprint == AUTO else self.blueprint
+            sent = sees.state.training_metrics
             ranked = worth.offers(free, sent, blueprint=wanted, flops_weight=self.flops_weight)
-            return worth.at_once(ranked, self.seeds_at_once, sent.get(worth.BUDGET, float("inf")))
+            return worth.at_once(ranked, self.seeds_at_once, sees.budget_parameters)
         chosen = []
-        for slot in free[: self.seeds_at_once]:
-            rank = int(sent.get(f"{SLOT_RANK}{slot.seed_id}", 1))
+        for slot in sees.free[: self.seeds_at_once]:
+            rank = 1 if slot.rank is None else slot.rank
             fits = _BLUEPRINT_OF_RANK.get(rank, "residual_mlp") if self.blueprint == AUTO else self.blueprint
-            chosen.append(Offer(slot.seed_id, fits, 0.0, 0, 1.0, 0.0))
+            chosen.append(Offer(slot.name, fits, 0.0, 0, 1.0, 0.0))
         return chosen
 
     def _level(self, newest: Sequence[float]) -> str | None:

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tolaria.leyline.types import SeedState
-
-SIGNAL, COST, FLOPS = "signal/", "cost/", "flops/"
-"""Prefixes of a DORMANT slot's metrics, each followed by a blueprint: L2 norm of the gradient that a new seed's
-parameters would get, its number of parameters, and its forward FLOPs per sample."""
-
-BUDGET = "budget_parameters"
-"""Training metric: parameters that may still be grown."""
-
-FLOPS_PER_SAMPLE = "flops_per_sample"
-"""Training metric: forward FLOPs of the present model."""
+from tolaria.tamiyo.sight import BUDGET, COST, FLOPS, FLOPS_PER_SAMPLE, SIGNAL
 
 
 @dataclass(frozen=True)
