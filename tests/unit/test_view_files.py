@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.record_runs import SITUATIONS
 from tests.seen import copied, events_of, moment, recorded, status_document
 from tolaria.errors import RunDirError
 from tolaria.rundir.ownership import FENCE_NAME, LOCK_NAME
@@ -136,10 +137,8 @@ def test_a_return_takes_the_measurements_behind_it_off_the_course() -> None:
 
 def test_a_long_run_stays_a_short_list_of_points_with_its_end_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    count = 3 * MAX_POINTS
-    path.write_text(
-        "".join(json.dumps({"step": n, "wall_ns": n * 10**6, "loss_rank0": 1.0}) + "\n" for n in range(count))
-    )
+    count, line = 3 * MAX_POINTS, '{{"step": {0}, "wall_ns": 1{0:012}, "loss_rank0": 1.0}}\n'
+    path.write_text("".join(map(line.format, range(count))))
     points = StepsReader(Tail(path)).read()
     assert MAX_POINTS // 2 <= len(points) <= MAX_POINTS
     assert [point.step for point in points[-500:]] == list(range(count - 500, count)) and points[0].step == 0
@@ -170,17 +169,7 @@ def test_what_is_no_run_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_every_kind_of_event_has_a_sentence() -> None:
     kinds = set()
-    for name in (
-        "spike",
-        "silent_policy",
-        "restarted",
-        "stuck",
-        "killed",
-        "failed",
-        "unstable",
-        "slow_rank",
-        "unsaved",
-    ):
+    for name in (make.__name__ for make in SITUATIONS):
         for event in events_of(name):
             kinds.add(event["kind"])
             sentence = tell(event)

@@ -100,6 +100,7 @@ def _value_at(scale: Scale, row: int, rows: int) -> str:
 def _below(first: float, last: float, label: str, width: int) -> str:
     left, right = f"{' ' * (LABEL + 2)}{first:,.0f}", f"{last:,.0f}"
     room = width - len(left) - len(right)
+    label = label if len(label) + 2 <= room else label.partition(",")[0]
     return f"{left}{label:^{max(0, room)}}{right}" if len(label) + 2 <= room else f"{left}{' ' * max(1, room)}{right}"
 
 
