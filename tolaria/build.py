@@ -170,8 +170,7 @@ def _assemble(
         Parts(
             config=config, world=world, task=task, state=state, loader=loader,
             step=TrainStep(state, replica, events, debug=config.train.debug, phases=phases),
-            evaluator=evaluator,
-            coordinator=coordinator, guard=guard, comeback=comeback,
+            evaluator=evaluator, coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
                         writer=make_writer(config, world, run, journal, cleanup)),
             status=RunStatus(config, world, state, clock, coordinator=coordinator, journal=journal, alarm=alarm,

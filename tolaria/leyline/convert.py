@@ -36,10 +36,9 @@ from tolaria.leyline.types import (
 _E = TypeVar("_E", bound=IntEnum)
 _NS = 1_000_000_000
 _SOURCES = {
-    "policy": tolaria_pb.DECISION_SOURCE_POLICY,
-    "fallback": tolaria_pb.DECISION_SOURCE_FALLBACK,
+    "policy": tolaria_pb.DECISION_SOURCE_POLICY, "fallback": tolaria_pb.DECISION_SOURCE_FALLBACK,
     "operator": tolaria_pb.DECISION_SOURCE_OPERATOR,
-}
+}  # fmt: skip
 _SOURCE_NAMES = {number: name for name, number in _SOURCES.items()}
 
 
