@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from tolaria.cli.send import send, undo
+from tolaria.cli.send import UNDO_EXAMPLES, send, undo
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 
 app.add_typer(send, name="send")
-app.command("undo")(undo)
+app.command("undo", epilog=UNDO_EXAMPLES)(undo)
 
 
 # Newer typer brings click along under a name of its own, older ones use the one beside it.
@@ -35,7 +35,7 @@ _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments; the exit code. Errors are one line on stderr."""
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="tolaria", standalone_mode=False)
     except _USAGE as error:
         error.show()
         return int(error.exit_code)
