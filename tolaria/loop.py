@@ -104,6 +104,7 @@ class Trainer:
 
     def _begin(self) -> str:
         """The first snapshot, so that there is always one to go back to, and what the log has for this step."""
+        self.parts.events.step = self.state.step
         if self.parts.config.recovery.snapshot_steps:
             self.parts.guard.snapshot(self._payload())
             self.parts.comeback.forget_earlier_starts()

@@ -100,6 +100,8 @@ def take_up(
         check_facts(saved.first_meta["facts"], facts, accept=config.run.accept_changes, events=events)
         state.load(saved.tensors, saved.meta)
     branch = saved.branch if saved is not None else 0
+    if run.resume is None or run.resume.path == run.checkpoints:
+        journal.seen(state.hand.acts, state.boundary)
     check_start(journal, world, step=state.step, branch=branch, agent=agent_id(), restarted=run.restarted)
     return saved
 

@@ -15,7 +15,7 @@ from tolaria.cli.audit import audit
 from tolaria.cli.export import export
 from tolaria.cli.replay import replay
 from tolaria.cli.report import report
-from tolaria.cli.send import send, undo
+from tolaria.cli.send import UNDO_EXAMPLES, send, undo
 from tolaria.cli.verify import verify
 from tolaria.errors import TolariaError
 
@@ -44,7 +44,7 @@ app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
 app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("try")(attempt)
-app.command("undo")(undo)
+app.command("undo", epilog=UNDO_EXAMPLES)(undo)
 app.command("verify")(verify)
 app.command("why", epilog=why.EXAMPLES)(why.why)
 
@@ -56,7 +56,7 @@ _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments; the exit code. Errors are one line on stderr."""
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
+        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="tolaria", standalone_mode=False)
     except _USAGE as error:
         error.show()
         return int(error.exit_code)

@@ -120,6 +120,12 @@ class Journal:
         self._append(WalKind.ACTED, body)
         self._timeline.acted(number, names, refused)
 
+    def seen(self, acts: int, boundary: int) -> None:
+        """A start goes on from a state that has seen so many acts: what a crash kept from being said of them."""
+        if self.wal is not None:
+            for act in [act for act in self._timeline.acts.values() if act.number <= acts and not act.ended]:
+                self.acted(act.number, boundary, [str((act.body or {})["order_id"])], {}, "")
+
     # Checkpoints
 
     def committed(self, seq: int, step: int, branch: int, acts: int = 0, *, good: bool = False) -> None:
