@@ -152,11 +152,11 @@ def _what_is_done_to_it(job: Job, run: Path) -> None:
     tolaria("send", run, "conservative", "off")
 
     tolaria("send", run, "emergency", "conservative", "--reason", "smoke")
-    (back,) = soon(job, lambda: why(run, "went-back"), "a return")
+    back = soon(job, lambda: why(run, "went-back"), "a return")[-1]
     assert "an emergency asked for it" in back["what"] and back["facts"][0].startswith(
         f"from step {back['since']:,} to "
     )
-    (told,) = job.events("went_back", rank=0)
+    told = next(e for e in job.events("went_back", rank=0) if e["from_step"] == back["since"])
     assert back["since"] == told["from_step"] and f"to {told['to_step']:,}, to {told['source']}" in back["facts"][0]
 
     shutil.move(run / "ckpt", run / "away")

@@ -94,6 +94,16 @@ def test_every_key_of_the_status_is_shown_and_none_is_needed(tmp_path: Path) -> 
         assert look(RunFiles(path)).now.step == 33
 
 
+def test_the_ladder_has_the_checkpoints_that_are_there_by_their_whole_names(tmp_path: Path) -> None:
+    path = copied("killed", tmp_path)
+    told = [{"name": f"c{n}", "step": 10 * n, "good": n < 3} for n in range(1, 5)]
+    (path / "status.json").write_text(json.dumps(status_document(wall_ns=4 * 10**18, checkpoints=told)))
+    for name in ("c2-s20", "c3-s30.bad", "c4-s40"):
+        (path / "ckpt" / name).mkdir(parents=True)
+    found = look(RunFiles(path)).now.checkpoints
+    assert [(saved.name, saved.step, saved.good) for saved in found] == [("c2-s20", 20, True), ("c4-s40", 40, False)]
+
+
 def test_a_tail_gives_each_line_once_and_waits_for_whole_ones(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     tail = Tail(path)

@@ -9,7 +9,7 @@ the page        what every rank of this machine is doing
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria.view.course import Asked, Checkpoint, Course, root_cause
@@ -268,7 +268,11 @@ def _checkpoints(files: RunFiles, told: Mapping[str, Any], course: Course) -> tu
         for row in rows(told.get("checkpoints"))
     ] or list(course.checkpoints.values())
     try:
-        there = {path.name for path in (files.path / "ckpt").iterdir()}
+        # By number: c7 for c7-s154. One that was found damaged has another name.
+        there = {
+            path.name.partition("-")[0]: path.name for path in (files.path / "ckpt").iterdir() if path.suffix == ""
+        }
     except OSError:
         return tuple(found)  # told is better than nothing
-    return tuple(sorted((saved for saved in found if saved.name in there), key=lambda saved: saved.step))
+    kept = [replace(saved, name=there[number]) for saved in found if (number := saved.name.partition("-")[0]) in there]
+    return tuple(sorted(kept, key=lambda saved: saved.step))

@@ -19,6 +19,8 @@ STANDS_S = 10.0
 SLOWER = 1.5
 WORKING = "compute"
 MUCH = 0.25
+LONG_S = 30.0
+"""Less is no time that anybody misses: every short run is mostly start."""
 WAIT_SHARE = 0.3
 PARTS_OF_A_BOUNDARY = {
     "round_trip": "the policy's answer",
@@ -43,6 +45,10 @@ CATEGORY_ADVICE = {
     "compile": "It is once for each structure; kept code (compile.cache) spares it at the next start.",
     "sync wait": "Ranks wait for the slowest: `tolaria status {path}` shows each one's own time.",
     "boundary": "Fewer boundaries (train.boundary_steps), or a faster policy.",
+    "replayed": "Steps are done again after a return or a restart: `tolaria why {path} went-back`, and `restarted`; "
+    "a smaller recovery.snapshot_steps loses fewer.",
+    "restart": "`tolaria why {path} restarted` tells what ended the starts before.",
+    "paused": "`tolaria why {path} paused` tells by whom.",
 }
 
 
@@ -223,7 +229,7 @@ def lost_time(view: View) -> list[Answer]:
     total = sum(seconds for seconds in view.now.goodput.values() if seconds > 0)
     if total <= 0:
         return []
-    lost = {name: s for name, s in view.now.goodput.items() if name != WORKING and s >= MUCH * total}
+    lost = {name: s for name, s in view.now.goodput.items() if name != WORKING and s >= MUCH * total and s >= LONG_S}
     return [
         Answer(
             topic="slow",
