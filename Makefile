@@ -13,7 +13,7 @@ PY := .venv/bin/python
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 ARGS ?=
 
-.PHONY: help demo bench test faults check lint format types architecture proto venv clean
+.PHONY: help demo bench test long faults check lint format types architecture proto venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ test: .venv/installed ## Run the whole test suite; ARGS="tests/unit -k lr" runs 
 
 faults: .venv/installed ## Kill, stop, cut off and damage runs in every way of the fault matrix; prints it as a table
 	@$(PY) -m pytest -q --faults $(ARGS)
+
+long: .venv/installed ## Run the tests that take minutes each: sessions, benchmarks, where the time goes
+	@$(PY) -m pytest -q --long $(ARGS)
 
 check: .venv/installed ## Run all that CI runs: lint, types, architecture, test
 	@for stage in lint types architecture test; do \

@@ -49,7 +49,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[stderr_fd] = os.dup(2)
 
 
+# Minutes each; `make long` runs them, and so do their names.
+LONG = (
+    "tests/integration/test_goodput_runs.py",
+    "tests/integration/test_growth_benchmarks.py",
+    "tests/integration/test_operator_course.py",
+    "tests/integration/test_sinks_of_a_run.py",
+    "tests/integration/test_speed_benchmarks.py",
+    "tests/integration/test_watching.py",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the tests that the whole suite leaves out, but for the faults")
     parser.addoption("--faults", action="store_true", help="the rows of the fault matrix only, with a table at the end")
 
 
@@ -57,9 +69,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """`--faults` keeps the tests of the matrix; without it the longest of them are left out."""
     if config.getoption("--faults"):
         wanted = [item for item in items if matrix.rows_of(item.nodeid)]
+    elif config.getoption("--long"):
+        wanted = [item for item in items if item.nodeid.startswith(LONG)]
     else:
         named = config.args != config.getini("testpaths")
-        wanted = [item for item in items if named or not item.nodeid.startswith(matrix.LONG)]
+        wanted = [item for item in items if named or not item.nodeid.startswith((*matrix.LONG, *LONG))]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
 

@@ -341,7 +341,7 @@ def train_on_full_disk(folder: str, *, first_step: int, last_step: int, steps: i
 
     # The other rank waits for its writer as well, or the save at the next boundary might find it busy.
     watch = Between(first_step, lambda: set_full(True), last_step, lambda: set_full(False))
-    with patch("tolaria.build.FileOps", FullDisk):
+    with patch("tolaria.outfit.FileOps", FullDisk):
         summary = build.train(make_config(folder, steps=steps), task=lambda: make_task(watch=watch))
     return {
         "outcome": summary.outcome, "digest": summary.state_digest[own_rank()], "refused": FullDisk.refused,
