@@ -88,6 +88,7 @@ def test_a_person_tries_something_and_the_run_ends_as_if_not(folder: Path, unhar
         summary = job.finish()
         assert job.left_behind() == []
     assert digest_of(summary) == unharmed
+    assert summary["goodput"]["rehearsal"] > 0 and summary["goodput"]["paused"] > 0
     lines = text.splitlines()
     assert lines[0] == "tried  *: lr x0.5; host: weight_decay 0.02" and max(map(len, lines)) <= 80
     assert lines[1].startswith("       8 steps from step 3") and "on 2 ranks" in lines[1]
