@@ -150,10 +150,10 @@ def run(
     error = ""
     summary: RunSummary | None = None
     take_effects = Comeback.take_effects
-    planned = list(returns)
+    to_come = list(returns)
 
     def scripted(self: Comeback) -> bool | None:
-        taken = take(self.state, planned)
+        taken = take(self.state, to_come)
         ended = take_effects(self)
         return False if taken else ended
 
