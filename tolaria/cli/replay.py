@@ -167,6 +167,7 @@ def _tell_differences(out: Console, course: "Course", found: "Replayed") -> None
             out.print(f"  rank {rank}    recorded {digest[:16]}, replayed {replayed[:16]}")
     if found.failure:
         out.print(f"  ended     {safe(found.failure)}")
+        out.print("            Do the data depend on how often they are read? Then no replay can follow.")
     if len(found.differences) > 1:
         out.print(f"  after it  {counted(len(found.differences) - 1, 'further place')}, such as")
         for other in found.differences[1:SHOWN]:
