@@ -203,3 +203,16 @@ def test_a_run_in_one_process_is_replayed_as_far_as_it_is_over() -> None:
     found = document_of(job.run_dir)
     assert (found["equal"], found["outcome"], found["state_from"]) == (True, "finished", "summary.json")
     shutil.rmtree(folder)
+
+
+def test_a_replay_that_is_ended_takes_its_ranks_and_its_directory_along(recorded: Path) -> None:
+    folder = recorded.parent / "ended"
+    folder.mkdir()
+    shutil.copytree(recorded, folder / "run")
+    command = [sys.executable, "-m", "tolaria.cli.app", "replay", str(folder / "run")]
+    with Job(recorded.parent, command, folder / "run") as job:
+        job.wait_until(lambda: job.find_rank(1, "tolaria.cli.replay_rank"), "rank 1 of the replay")
+        job.process.terminate()
+        assert job.wait() == 130
+        assert job.left_behind() == []
+    assert [path.name for path in folder.iterdir()] == ["run"]

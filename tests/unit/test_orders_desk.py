@@ -224,6 +224,23 @@ def test_who_waits_when_the_run_ends_is_told(tmp_path: Path, served: OrderDesk) 
     assert [(outcome.state, outcome.code) for outcome in found] == [("refused", "ended")]
 
 
+def test_the_last_answer_can_be_read_before_the_connection_goes(tmp_path: Path, served: OrderDesk) -> None:
+    """And be asked for once more: a connection that closes right behind it may take it along."""
+    order, client, found = Order(action=STOP), RunClient.of(tmp_path), list[Outcome]()
+    sender = threading.Thread(target=lambda: found.append(client.send(order, wait_s=20)))
+    sender.start()
+    end = time.monotonic() + 20
+    while not served.waiting and time.monotonic() < end:
+        time.sleep(0.01)
+    assert served.take() is not None
+    served.answer(Outcome(order_id=order.order_id, state="applied", step=9))
+    closing = threading.Thread(target=served.close)
+    closing.start()
+    sender.join(20)
+    assert client.send(order, wait_s=5) == found[0] and found[0].step == 9
+    closing.join(20)
+
+
 def test_an_older_start_that_ends_late_leaves_the_address_of_the_newer_one(tmp_path: Path, served: OrderDesk) -> None:
     path = tmp_path / ADDRESS_NAME
     newer = {**json.loads(path.read_text()), "generation": "6" * 16}

@@ -1,18 +1,24 @@
 """What a run's log says of where it ended, what is taken from it for a replay, and where two runs differ."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.run_on_disk import Unsynced
-from tolaria.errors import RunDirError, WalError
+from tolaria.config import Config, TrainConfig
+from tolaria.config_tamiyo import TamiyoConfig
+from tolaria.config_telemetry import TelemetryConfig
+from tolaria.errors import RunDirError, TaskError, WalError
 from tolaria.leyline.codec import decode_decision, encode_command, encode_decision
 from tolaria.leyline.types import Command, Decision
+from tolaria.options import resolve, to_toml
 from tolaria.recovery.timeline import Return, Timeline
-from tolaria.recovery.wal import Wal, WalKind, WalRecord
-from tolaria.replay.course import read_course
+from tolaria.recovery.wal import Wal, WalKind, WalRecord, read_log
+from tolaria.replay.again import prepare
+from tolaria.replay.course import Course, read_course
 from tolaria.replay.trace import Place, differences, trace_of, unknown_place
 from tolaria.tamiyo import policy as do
 from tolaria.tamiyo.policy import with_identity
@@ -140,6 +146,50 @@ def test_a_run_without_a_log_or_with_a_damaged_one_is_refused(tmp_path: Path) ->
     segment.write_bytes(segment.read_bytes()[:90])
     with pytest.raises(WalError, match="damaged or missing"):
         read_course(files, FS)
+
+
+# Starting it
+
+
+def flags_of(course: Course, folder: Path) -> tuple[str, Config]:
+    """The step to stop after, and the configuration of every rank."""
+    command = prepare(course, folder, FS)
+    at = command.index("tolaria.cli.replay_rank")
+    return command[at + 1], resolve(command[at + 2 :], {})
+
+
+def test_a_replay_asks_nobody_tells_nobody_and_plans_what_the_run_planned(tmp_path: Path) -> None:
+    files = run_of(tmp_path / "run", (WalKind.DECISION, decision(1)), (WalKind.VOID, returned(1, 1, 15)))
+    recorded = Config(
+        telemetry=TelemetryConfig(
+            publish="ipc:///tmp/t.sock", prometheus="127.0.0.1:9464", tensorboard="run", wandb="mine"
+        ),
+        tamiyo=TamiyoConfig(policy="noop", shadow="heuristic"), train=TrainConfig(epochs=7, max_steps=90),
+    )  # fmt: skip
+    (tmp_path / "run" / "config.toml").write_text(to_toml(recorded))
+    course = replace(read_course(files, FS), facts={"ranks": 2, "task.factory": recorded.task.factory})
+    until, config = flags_of(course, tmp_path / "again")
+    assert (until, config.train, config.recovery.snapshot_steps) == ("10", recorded.train, 0)
+    assert config.telemetry == TelemetryConfig()
+    assert (config.tamiyo.policy, config.tamiyo.endpoint, config.tamiyo.shadow, config.tamiyo.record) == (
+        "none", "", "", False
+    )  # fmt: skip
+    copied = read_log(tmp_path / "again" / "wal", FS).records
+    assert [r.kind.name for r in copied] == ["OPEN", "DECISION", "VOID"]
+    with pytest.raises(RunDirError, match="is there already"):
+        prepare(course, tmp_path / "again", FS)
+
+
+@pytest.mark.parametrize("name", ["__main__:make_task", "mine:<lambda>", "mine:main.<locals>.make"])
+def test_a_task_that_nobody_can_import_is_refused_and_another_is_taken_from_the_log(tmp_path: Path, name: str) -> None:
+    files = run_of(tmp_path / "run", (WalKind.DECISION, decision(1)))
+    (tmp_path / "run" / "config.toml").write_text(to_toml(Config()))
+    course = replace(read_course(files, FS), facts={"ranks": 2, "task.factory": name})
+    with pytest.raises(TaskError, match="cannot be imported"):
+        prepare(course, tmp_path / "again", FS)
+    assert not (tmp_path / "again").exists()
+    _, config = flags_of(replace(course, facts={"ranks": 2, "task.factory": "mine:make"}), tmp_path / "again")
+    assert config.task.factory == "mine:make"
 
 
 # Traces

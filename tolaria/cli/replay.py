@@ -1,6 +1,7 @@
 """`tolaria replay RUN`: the run once more from its log, without its policy, and whether it comes out the same."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -68,8 +69,15 @@ def replay(
     folder = Path(os.path.abspath(folder))
     command = again.prepare(course, folder, fs)
     warnings = again.warnings_of(course)
-    with _progress(course) as tell:
-        found = again.run(command, course, folder, tell)
+    try:
+        # As after Ctrl-C: the ranks must not train on, unseen, when this process is ended.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with _progress(course) as tell:
+            found = again.run(command, course, folder, tell)
+    except KeyboardInterrupt:
+        if not to and not keep:
+            fs.remove_tree(folder)
+        raise
     equal = not found.differences and not found.failure and (not course.digests or course.digests == found.digests)
     kept = bool(to) or keep or not equal
     if not kept:
@@ -159,6 +167,7 @@ def _tell_differences(out: Console, course: "Course", found: "Replayed") -> None
             out.print(f"  rank {rank}    recorded {digest[:16]}, replayed {replayed[:16]}")
     if found.failure:
         out.print(f"  ended     {safe(found.failure)}")
+        out.print("            Do the data depend on how often they are read? Then no replay can follow.")
     if len(found.differences) > 1:
         out.print(f"  after it  {counted(len(found.differences) - 1, 'further place')}, such as")
         for other in found.differences[1:SHOWN]:

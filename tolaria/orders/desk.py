@@ -8,6 +8,7 @@ there is, and gives the outcome back by `answer`. Without the thread a run train
 """
 
 import json
+import math
 import os
 import socket as sockets
 import threading
@@ -46,7 +47,7 @@ MAX_WAITING = 64
 MAX_REMEMBERED = 256
 MAX_REASON = 2000
 WAKE_S = 0.1
-LINGER_S, CLOSE_S = 1.0, 5.0
+READ_S, LINGER_S, CLOSE_S = 0.3, 1.0, 5.0
 """For the answer to who asked the run to stop, on a busy machine."""
 URGENT = frozenset({STOP, PAUSE, EMERGENCY})
 
@@ -237,12 +238,15 @@ class OrderDesk:
         if router is None:
             return
         try:
-            while not self._closing or self._outbox:
-                received = router.receive(0.01 if self._outbox or self._queue else WAKE_S)
+            sent = -math.inf
+            # A connection that closes right behind an answer takes it along, now and then, before it was read.
+            while not self._closing or self._outbox or time.monotonic() < sent + READ_S:
+                received = router.receive(0.01 if self._outbox or self._queue or self._closing else WAKE_S)
                 if received is not None:
                     self.receive(received.frame, received.sender)
                 while self._outbox:
                     router.send(*self._outbox.popleft())
+                    sent = time.monotonic()
         except zmq.ZMQError as error:
             warn(f"tolaria: the run takes no more orders ({error}); training goes on")
         finally:

@@ -35,10 +35,11 @@ LOG_NAME = "replay.log"
 POLL_S = 0.2
 ENDED_S = 30.0
 
-# What a replay does without: whom it would ask, what it would save on the way, and what only people look at.
+# What a replay does without: whom it would ask, what it would save on the way, and whom it would tell.
 _OFF = (
     "--run.resume=no", "--tamiyo.policy=none", "--tamiyo.endpoint=", "--tamiyo.shadow=", "--tamiyo.record=false",
     "--checkpoint.every=0", "--recovery.snapshot_steps=0", "--profile.enabled=false", "--log.progress=off",
+    "--telemetry.publish=", "--telemetry.prometheus=", "--telemetry.tensorboard=", "--telemetry.wandb=",
 )  # fmt: skip
 
 
