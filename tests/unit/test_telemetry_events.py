@@ -45,13 +45,13 @@ def failing_write(failures: int) -> Callable[[int, bytes], int]:
 
 def test_an_event_is_one_line_that_carries_who_when_and_its_fields(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl", 3, run_id="ab12", mono_ns=lambda: 5, wall_ns=lambda: 7)
-    log.step = 42
+    log.step, log.branch = 42, 1
     log.emit("policy_silent", "warning", waited_ms=2000.5, codes=("timeout",))
     log.close()
     assert strict_lines(tmp_path / "events.jsonl") == [
         {
             "kind": "policy_silent", "level": "warning", "run_id": "ab12", "rank": 3, "step": 42,
-            "mono_ns": 5, "wall_ns": 7, "waited_ms": 2000.5, "codes": ["timeout"],
+            "branch": 1, "mono_ns": 5, "wall_ns": 7, "waited_ms": 2000.5, "codes": ["timeout"],
         }
     ]  # fmt: skip
 
@@ -101,11 +101,11 @@ def test_ranks_and_threads_share_one_file_without_mixing_lines(tmp_path: Path) -
         thread.start()
     for thread in threads:
         thread.join()
+    for log in logs:
+        log.close()  # a busy machine may still have lines waiting
     events = strict_lines(path)
     assert len(events) == 800
     assert sorted(e["number"] for e in events if e["rank"] == 1) == sorted(list(range(200)) * 2)
-    for log in logs:
-        log.close()
 
 
 def test_a_full_disk_is_counted_and_told_once_and_never_raised(capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,5 +252,6 @@ def test_metrics_have_step_time_and_values(tmp_path: Path, capsys: pytest.Captur
     log.write(20, loss=0.5, lr=float("inf"))
     log.close()
     assert log.lost == 1
-    assert list(read_metrics(tmp_path / "m")) == [{"step": 20, "wall_ns": 9, "loss": 0.5, "lr": "Infinity"}]
+    (line,) = read_metrics(tmp_path / "m")
+    assert line == {"step": 20, "branch": 0, "wall_ns": 9, "loss": 0.5, "lr": "Infinity"}
     assert "No space left" in capsys.readouterr().err

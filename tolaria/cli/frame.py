@@ -87,7 +87,7 @@ def _curves(view: View, width: int, height: int, *, plain: bool) -> list[Text]:
 
 def _columns(sections: Sequence[Section], width: int, height: int, encoding: str) -> list[Text]:
     """Panels in columns, each to the one with the most room; what does not fit is cut off."""
-    count = 2 if width < 120 else 3
+    count = 2 if width < 140 else 3
     size = (width - GAP * (count - 1)) // count
     columns: list[list[Text]] = [[] for _ in range(count)]
     for section in sections:

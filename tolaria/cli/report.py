@@ -37,7 +37,7 @@ def report(
         where=str(files.path), alive=files.alive, written_ns=time.time_ns(),
     )  # fmt: skip
     target = Path(out) if out else files.path / PAGE_NAME
-    _write(target, page)
+    _write(target, page, 0o666 if out else 0o600)  # a run's directory is for its owner only
     size, commands, returns = len(page.encode()), len(history.commands), len(history.returns)
     if json:
         print_json({"page": str(target), "bytes": size, "steps": history.end_step, "commands": commands,
@@ -61,11 +61,13 @@ def _config(files: RunFiles) -> str:
         raise RunDirError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _write(path: Path, page: str) -> None:
+def _write(path: Path, page: str, mode: int) -> None:
     """The page whole or not at all; a former one stays until then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

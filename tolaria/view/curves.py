@@ -7,9 +7,13 @@
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
+
+MOST = 8000
+"""Points of a piece of a curve that are kept as they are."""
 
 
 class Point(NamedTuple):
@@ -35,8 +39,11 @@ class Curve:
         return len(self.steps)
 
     def points(self, start: int, end: int) -> list[Point]:
-        """Those from the ``start``-th on, before the ``end``-th."""
-        return [Point(self.steps[i], self.values[i]) for i in range(start, end)]
+        """Those from the ``start``-th on, before the ``end``-th; of many the least and the greatest of each stretch."""
+        found = (Point(self.steps[i], self.values[i]) for i in range(start, end))
+        if end - start <= MOST:
+            return list(found)
+        return list(_reduced(found, self.steps[start], (self.steps[end - 1] - self.steps[start]) / (MOST // 2)))
 
 
 class Courses(NamedTuple):
@@ -50,7 +57,7 @@ class Courses(NamedTuple):
 def kept_pieces(steps: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(start, kept, end) of each piece between two returns: of start..end the indices below ``kept`` are kept."""
     starts = [0, *(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])] if len(steps) else []
-    ends = [*starts[1:], len(steps)]
+    ends = [*starts[1:], len(steps)][: len(starts)]
     found, limit = [], math.inf
     for start, end in zip(reversed(starts), reversed(ends), strict=True):
         kept = start
@@ -79,17 +86,13 @@ def thinned(points: Sequence[Point], first: int, last: int, buckets: int) -> lis
     """
     if len(points) <= 2 * buckets:
         return list(points)
-    width = max(1, last - first) / buckets
-    found: list[Point] = []
-    at = 0
-    while at < len(points):
-        bucket = int((points[at].step - first) / width)
-        end = at + 1
-        while end < len(points) and int((points[end].step - first) / width) == bucket:
-            end += 1
-        found += _extremes(points[at:end])
-        at = end
-    return found
+    return list(_reduced(points, first, max(1, last - first) / buckets))
+
+
+def _reduced(points: Iterable[Point], first: int, width: float) -> Iterator[Point]:
+    """One stretch of ``width`` steps after the other, in memory for one of them."""
+    for _, stretch in groupby(points, key=lambda point: int((point.step - first) / width)):
+        yield from _extremes(list(stretch))
 
 
 def _extremes(points: Sequence[Point]) -> list[Point]:

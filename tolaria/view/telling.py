@@ -178,6 +178,14 @@ def _moved(event: Event) -> str:
     return f"seed {text(event.get('slot'))}: {text(event.get('before')).lower()} -> {text(event.get('after')).lower()}"
 
 
+def _shadow(event: Event) -> str:
+    would = "; ".join(map(str, event.get("would_command") or ())) or "no change"
+    compared = {True: ", as the policy did", False: ", other than the policy"}
+    agrees = event.get("agrees")
+    told = compared[agrees] if isinstance(agrees, bool) else ""
+    return f"boundary {whole(event.get('boundary')):,}: the shadow would have decided {would}{told}"
+
+
 def _simple(words: str, key: str = "reason") -> Teller:
     return lambda event: words + _because(event, key)
 
@@ -229,6 +237,8 @@ TELLERS: Mapping[str, Teller] = {
     "seed_gradient_not_finite": lambda e: f"gradient of seed {text(e.get('seed'))} not finite: dropped in this step",
     "seed_judged": _seed_judged,
     "seed_moved": _moved,
+    "shadow_answered": _shadow,
+    "shadow_silent": _simple("the shadow policy does not answer"),
     "signal_failed": _simple("what seeds would get was not measured"),
     "snapshot_bad": lambda e: f"snapshot {text(e.get('path'))} cannot be used",
     "step_skipped": _simple("step without an update"),
