@@ -7,7 +7,7 @@ from rich.text import Text
 
 from tolaria.cli.screen import STYLES
 from tolaria.telemetry.words import printable
-from tolaria.view.drawing import draw, thinned
+from tolaria.view.drawing import AXIS, draw, thinned
 from tolaria.view.lookout import View
 from tolaria.view.now import Now
 from tolaria.view.panels import panels
@@ -76,18 +76,24 @@ def _curves(view: View, width: int, height: int, *, plain: bool) -> list[Text]:
     loss = draw(thinned(losses, left), validation, width=left, height=height, plain=plain,
                 label="loss, o validation")  # fmt: skip
     gain = draw(thinned(accuracy, 2 * right), [], width=right, height=height, plain=plain, label="accuracy")
-    return [Text(f"{a:<{left}}{' ' * GAP}{b}") for a, b in zip(loss, gain, strict=True)]
+    lines = []
+    for one, other in zip(loss, gain, strict=True):
+        line = Text(f"{one:<{left}}{' ' * GAP}{other}")
+        for start in (0, left + GAP):
+            line.stylize(STYLES["dim"], start, start + AXIS)
+        lines.append(line)
+    return lines
 
 
 def _columns(sections: Sequence[Section], width: int, height: int, encoding: str) -> list[Text]:
     """Panels in columns, each to the one with the most room; what does not fit is cut off."""
-    count = 2 if width < 120 else 3
+    count = 2 if width < 140 else 3
     size = (width - GAP * (count - 1)) // count
     columns: list[list[Text]] = [[] for _ in range(count)]
     for section in sections:
         laid = _panel(section, size, encoding)
         column = min(columns, key=len)
-        if len(column) + min(len(laid), 2) <= height:
+        if len(column) + min(len(laid), 3) <= height:
             column += laid
     lines = []
     for row in range(height):

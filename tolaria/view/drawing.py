@@ -19,6 +19,8 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 MARK = "o"
 LABEL = 7
+AXIS = LABEL + 2
+"""Columns before the curve."""
 SPIKE = 10.0
 """A value of so many times the median around it is always drawn."""
 

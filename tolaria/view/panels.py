@@ -6,6 +6,7 @@ from tolaria.view.now import Now
 from tolaria.view.sections import Line, Section, milliseconds, steering_lines, time_lines
 
 BAR = 36
+MAX_RATES = 3
 
 
 def panels(view: View, *, plain: bool = False) -> list[Section]:
@@ -36,14 +37,8 @@ def _training(now: Now) -> list[Line]:
     speed += [f"{milliseconds(now.step_ms)} ms/step"] if now.step_ms else []
     if speed:
         lines.append(("speed", ", ".join(speed), ""))
-    lines += [
-        (f"lr {group}"[:9] if group != "host" else "lr", _rate(group, rate), "") for group, rate in now.lr.items()
-    ]
-    return lines
-
-
-def _rate(group: str, rate: float) -> str:
-    return f"{rate:.2e}" + (f" {group}" if group != "host" else "")
+    rates = list(now.lr.items())[:MAX_RATES]
+    return lines + [("lr", f"{rate:.2e}" + (f" {group}" if len(now.lr) > 1 else ""), "") for group, rate in rates]
 
 
 def _ranks(view: View, most: int = 6) -> list[Line]:
@@ -59,7 +54,8 @@ def _ranks(view: View, most: int = 6) -> list[Line]:
         parts = [" ".join(parts) + " ms"]
         if same_machine and row.rank in doing:
             entry = doing[row.rank]
-            parts.append(entry.phase + (f" {short_duration(entry.seconds)}" if entry.seconds >= 2 else ""))
+            if entry.phase != "step" or entry.seconds >= 2:
+                parts.append(f"{entry.phase} {short_duration(entry.seconds)}")
         lines.append((f"rank {row.rank}", " ".join(parts), ""))
     if len(rows) > len(shown):
         lines.append(("", f"and {len(rows) - len(shown):,} more, with less of their own", "dim"))

@@ -48,10 +48,10 @@ def state_style(state: str) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """A time in milliseconds, without the unit: 0.438, 12.3, 1,240; "-" for None."""
+    """A time in milliseconds, without the unit: 0.44, 1.8, 12.3, 1,240; "-" for None."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.2g}"
 
 
 def headline(now: Now) -> str:

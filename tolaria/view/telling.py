@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from tolaria.telemetry.words import counted, duration, number, percent
 from tolaria.view.course import Event
+from tolaria.view.sections import milliseconds
 from tolaria.view.values import items, mapping, numbers, real, text, whole
 
 HIDDEN = frozenset({"kind", "level", "run_id", "rank", "step", "mono_ns", "wall_ns", "trace", "versions", "digest"})
@@ -141,7 +142,7 @@ def _failed_policy(event: Event) -> str:
 
 
 def _straggler(event: Event) -> str:
-    own, others = number(real(event.get("own_ms"))), number(real(event.get("others_ms")))
+    own, others = milliseconds(real(event.get("own_ms"))), milliseconds(real(event.get("others_ms")))
     return f"rank {whole(event.get('straggler'))} takes {own} ms a step of its own, the others {others} ms"
 
 
