@@ -13,7 +13,7 @@ PY := .venv/bin/python
 RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
 ARGS ?=
 
-.PHONY: help demo test faults check lint format types architecture proto venv clean
+.PHONY: help demo bench test faults check lint format types architecture proto venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ help: ## Show this list
 demo: .venv/installed ## Train on handwritten digits with two ranks while a policy grows the model
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m torch.distributed.run --standalone \
 		--nproc_per_node=$(RANKS) -m tolaria.launch --config launch/configs/digits.toml $(ARGS)
+
+bench: .venv/installed ## Measure how fast it is beside its budgets, in about an hour; ARGS=--quick in some minutes
+	@$(PY) -m benchmarks $(ARGS)
 
 test: .venv/installed ## Run the whole test suite; ARGS="tests/unit -k lr" runs a part
 	@$(PY) -m pytest -q $(ARGS)

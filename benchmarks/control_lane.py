@@ -167,7 +167,8 @@ def _report(workload: str, times: dict[Variant, list[float]], cost_s: float) -> 
         rows.append([*cells, f"{steps * step_s * 1e3:.1f}", "<" if steps <= chosen < 2 * steps else ""])
     say(table(["steps", "overlapped: us a step", "share", "in the way: us a step", "share", "delay", "chosen"], rows))
     say(f"chosen: {chosen}, {cost_s / chosen / step_s:.2%} at most, {chosen * step_s * 1e3:.1f} ms")
-    return {"step_us": step_s * 1e6, "agreement_us": cost_s * 1e6, "chosen": chosen, "distances": found}
+    return {"step_us": step_s * 1e6, "agreement_us": cost_s * 1e6, "chosen": chosen,
+            "share_budget": config.fence_share, "distances": found}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -183,8 +183,8 @@ def main() -> int:
         ours = Tolaria(world, size, Path(folder))
         theirs = HandWritten(world, size, ours.initial)
         results = {
-            "device": options.device, "tiny": options.tiny, "steps": steps(ours, theirs, size, peak_tflops),
-            "snapshot": snapshots(ours, size), "growth": growth(ours),
+            "device": options.device, "tiny": options.tiny, "target": BUDGET,
+            "steps": steps(ours, theirs, size, peak_tflops), "snapshot": snapshots(ours, size), "growth": growth(ours),
         }  # fmt: skip
         ours.close()
         say(f"\n{save('gpu', results, options.out)}")

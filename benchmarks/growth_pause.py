@@ -99,8 +99,7 @@ def main() -> int:
 def _start(host: str, ranks: int, side: str, cache: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         told = {"host": host, "side": side, "folder": folder}
-        own = {"TORCHINDUCTOR_CACHE_DIR": cache}
-        run_ranks(ranks, "growth_pause", "--rank-of", json.dumps(told), environment=own)
+        run_ranks(ranks, "growth_pause", "--rank-of", json.dumps(told), TORCHINDUCTOR_CACHE_DIR=cache)
         found: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text())
     return [{"host": host, "ranks": ranks, "side": side, **row} for row in found]
 

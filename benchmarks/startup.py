@@ -111,7 +111,7 @@ def start(*, folder: str, name: str, resume: bool, compiled: bool, times: str, s
             run=config.RunConfig(name=name, dir=f"{folder}/{name}", resume="auto" if resume else "no"),
             train=config.TrainConfig(max_steps=4 if resume else 2, batch_size=8),
             compile=config.CompileConfig(enabled=compiled),
-            tamiyo=config.TamiyoConfig(policy=config.POLICY_NONE),
+            tamiyo=config.TamiyoConfig(policy="none"),
             dist=config.DistConfig(device="cpu"),
             log=config.LogConfig(progress="off"),
         ),

@@ -10,13 +10,16 @@ ROOT = Path(__file__).parents[1]
 WIDEST = 110
 
 
+def run(module: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """``python -m MODULE FLAGS`` to its end."""
+    command = [sys.executable, "-m", module, *flags]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False)
+
+
 def quick(name: str, out: Path, *flags: str) -> tuple[str, dict[str, Any]]:
     """What ``python -m benchmarks.NAME --quick`` prints, and its JSON in ``out``."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *flags]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150, check=False
-    )  # fmt: skip
+    done = run(f"benchmarks.{name}", "--quick", "--out", str(out), *flags)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= WIDEST
     found: dict[str, Any] = json.loads((out / f"{name}.json").read_text())

@@ -10,6 +10,7 @@ Acts are numbered over the life of a run, and a state knows how many it has seen
 logged act again makes it again, without an order; a return voids the acts behind its target.
 """
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,8 +23,8 @@ from tolaria.coordinator.plan import make_plan
 from tolaria.docket import BACK, Docket
 from tolaria.errors import CommandRefused
 from tolaria.fence import Verdict
-from tolaria.leyline.codec import encode_decision
-from tolaria.leyline.types import Decision
+from tolaria.leyline.codec import decode_command, encode_decision
+from tolaria.leyline.types import Command, Decision
 from tolaria.leyline.words import describe
 from tolaria.orders.words import CHECKPOINT, COMMAND, EMERGENCY, PAUSE, RESUME, STOP, TRY, Outcome
 from tolaria.parts import Parts
@@ -52,7 +53,7 @@ class Acts:
         self.state = parts.state
         self.docket = Docket(parts)
         self._payload = payload
-        self._open: Outcome | None = None
+        self._open: dict[str, Any] | None = None
         self._told_paused = -1
 
     def make(self, *, asked: bool) -> Effect | None:
@@ -70,7 +71,7 @@ class Acts:
                     self._check(told)
                 elif (effect := self._carry_out(told)) is not None:
                     return effect
-            elif self.state.hand.paused is None:
+            elif self.state.hand.paused is None or self.parts.comeback.returning is not None or self.docket.overtaken:
                 return None
             else:
                 with self.parts.step.phases("paused"):
@@ -78,12 +79,34 @@ class Acts:
                 if effect is not None:
                     return effect
 
-    def settled(self) -> None:
-        """The return that an act asked for has been made, or could not be. Answers who asked. Local."""
-        if self._open is not None:
-            went = f"the run went back to step {self.state.step}"
-            self.docket.answer(replace(self._open, reason=went, details={"to_step": self.state.step}))
-            self._open = None
+    def settled(self, *, went: bool) -> None:
+        """The return that an act asked for has been made, or could not be: say so. Local."""
+        told, self._open = self._open, None
+        if told is None:
+            return
+        outcome = Outcome(
+            order_id=told["order_id"], state="refused", act=told["act"], step=told["step"], ranks=self._ranks
+        )  # fmt: skip
+        if told["refused"]:
+            # Nothing of it has happened: the return to before it voids its number.
+            self.docket.answer(replace(outcome, act=0, code="drift", reason=told["refused"]))
+        elif went:
+            reason, details = f"the run went back to step {self.state.step}", {"to_step": self.state.step}
+            self.docket.answer(replace(outcome, state="applied", reason=reason, digest=told["digest"],
+                                       details={"what": told["what"], **details}))  # fmt: skip
+        else:
+            reason = "the state to go back to is damaged or gone; the run goes on from where it was"
+            if self.parts.world.is_coordinator:
+                # Said of it once more, that counts: a start that comes by here again must not go back either.
+                body = {told["command_id"]: "return_failed"}
+                self.parts.guard.journal.acted(told["act"], self.state.boundary, (), body, told["digest"])
+                self.parts.progress.note(f"{told['what']}: {reason}", label="refused", level="warning")
+            self.parts.events.emit(
+                "act_refused", "warning", act=told["act"], order_id=told["order_id"], command_id=told["command_id"],
+                what=told["what"], who=told["operator"], why=told["reason"], code="return_failed", reason=reason,
+                digest=told["digest"], again=told["again"],
+            )  # fmt: skip
+            self.docket.answer(replace(outcome, code="return_failed", reason=reason))
 
     # What is done
 
@@ -103,21 +126,26 @@ class Acts:
         """One act of the log, on all ranks. Collective."""
         parts, state, action = self.parts, self.state, told["action"]
         parts.alarm.page.enter(Phase.BOUNDARY, state.step)
+        if told["refused"]:
+            # Why it was need not be so again: what the log says became of it is what becomes of it.
+            state.hand = replace(state.hand, acts=state.hand.acts + 1)
+            self._finish(told, Fate(_id_of(told), _command_of(told), False, told["refused"], "refused when it came"))
+            return None
         if action == COMMAND and parts.config.recovery.snapshot_steps:
             incident = parts.guard.snapshot(self._payload(), apart=True)
             if incident is not None:
-                # Its number is in the log, so the return to come voids it: nothing of it has happened.
-                self._refuse_logged(told, "drift", incident.reason)
+                self._open = {**told, "act": 0, "step": state.step, "refused": incident.reason}
                 return Effect(go_back=incident)
         state.hand = replace(state.hand, acts=state.hand.acts + 1)
         if action == COMMAND:
             return self._command(told)
         if action == BACK:
-            self._finish(told, Fate(told["order_id"], None, True, "", ""), answer=False)
+            self._finish(told, Fate(_id_of(told), None, True, "", ""), answer=False)
             act = int(told["undoes"])
             return Effect(go_back=self.docket.before(act, told["reason"]))
         if action == TRY and not told["again"]:
-            self._rehearse(told)
+            with parts.step.phases("rehearsal"):
+                self._rehearse(told)
             return None
         return self._own_word(told)
 
@@ -129,14 +157,14 @@ class Acts:
             state.hand = replace(state.hand, paused=told["reason"] or f"by {told['operator'] or 'an operator'}")
         elif action == RESUME:
             state.hand = replace(state.hand, paused=None)
-        elif action == CHECKPOINT and not told["again"]:
+        elif action == CHECKPOINT and told["live"]:
             reason = parts.saver.save_asked(self._payload) or ""
             details = {"checkpoint": str(parts.record.checkpoint)}
-        elif action == EMERGENCY and not told["again"] and parts.world.is_coordinator:
+        elif action == EMERGENCY and told["live"] and parts.world.is_coordinator:
             parts.alarm.page.raise_level(int(told["arguments"]["level"]), f"operator: {told['reason']}")
-        elif action == STOP and not told["again"]:
+        elif action == STOP and told["live"]:
             effect = Effect(stop=True)
-        fate = Fate(told["order_id"], None, not reason, "save_failed" if reason else "", reason)
+        fate = Fate(_id_of(told), None, not reason, "save_failed" if reason else "", reason)
         self._finish(told, fate, details=details)
         return effect
 
@@ -148,6 +176,7 @@ class Acts:
         fate = applied.outcomes[0]
         if applied.structure_changed:
             parts.guard.structure_changed()
+        parts.saver.changed |= fate.applied
         if fate.applied and fate.command is not None and applied.go_back is None:
             self.docket.remember(told, fate.command, conservative=before)
         self._finish(told, fate, answer=applied.go_back is None)
@@ -185,9 +214,12 @@ class Acts:
             act=state.hand.acts, order_id=told["order_id"], command_id=fate.command_id, what=what, who=told["operator"],
             why=told["reason"], code=fate.code, reason=fate.reason, digest=digest.hex(), again=told["again"],
         )  # fmt: skip
+        if not answer:
+            self._open = {**told, "act": state.hand.acts, "step": state.step, "digest": digest.hex(), "what": what,
+                          "command_id": fate.command_id}  # fmt: skip
         if not parts.world.is_coordinator:
             return
-        if not told["again"]:
+        if not told["ended"]:
             ids = [fate.command_id] if fate.applied else []
             refused = {} if fate.applied else {fate.command_id: fate.code}
             parts.guard.journal.acted(state.hand.acts, state.boundary, ids, refused, digest.hex())
@@ -202,14 +234,6 @@ class Acts:
         )  # fmt: skip
         if answer:
             self.docket.answer(outcome)
-        else:
-            self._open = outcome
-
-    def _refuse_logged(self, told: Mapping[str, Any], code: str, reason: str) -> None:
-        if self.parts.world.is_coordinator:
-            act, boundary = self.state.hand.acts + 1, self.state.boundary
-            self.parts.guard.journal.acted(act, boundary, (), {told["order_id"]: code}, "")
-            self.docket.answer(Outcome(order_id=told["order_id"], state="refused", code=code, reason=reason))
 
     # Standing still
 
@@ -222,7 +246,9 @@ class Acts:
             self.parts.events.emit("paused", reason=self.state.hand.paused)
             self.parts.progress.note(f"{self.state.hand.paused}; waiting for a resume", label="paused")
         while True:
-            rows = peers.gather([int(self.docket.waiting), stop.number, alarm.level()])
+            # A log that lives on its reserve: save and stop while that is possible.
+            number = stop.number or (signal.SIGTERM if self.parts.guard.journal.low_space else 0)
+            rows = peers.gather([int(self.docket.waiting), number, alarm.level()])
             level, signal_number = max(row[2] for row in rows), max(row[1] for row in rows)
             if signal_number:
                 return Effect(stop_signal=signal_number)
@@ -253,6 +279,15 @@ class Acts:
             boundary=self.state.boundary, step_effective=self.state.step, source=OPERATOR, reason=OPERATOR,
             conservative=self.state.mode.conservative, commands=(bytes.fromhex(told["command"]),),
         )  # fmt: skip
+
+
+def _id_of(told: Mapping[str, Any]) -> str:
+    command = _command_of(told)
+    return command.command_id if command is not None else str(told["order_id"])
+
+
+def _command_of(told: Mapping[str, Any]) -> Command | None:
+    return decode_command(bytes.fromhex(told["command"])) if told["action"] == COMMAND else None
 
 
 def _in_words(told: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ from tolaria.hardware import Hardware
 from tolaria.loop import Trainer
 from tolaria.measure import Evaluator
 from tolaria.objective import Batch
-from tolaria.outfit import make_clock, make_desk, make_metrics, make_ring, make_writer, write_config
+from tolaria.outfit import make_clock, make_desk, make_ring, make_writer, write_config
+from tolaria.outlets import open_outlets
 from tolaria.parts import Parts
 from tolaria.process import StopFlag, agent_id, keep_freed_memory, settled
 from tolaria.profiling import make_profiler
@@ -43,6 +44,7 @@ from tolaria.setup import boundaries_left, build_state
 from tolaria.state import TrainState
 from tolaria.status import RunStatus
 from tolaria.step import TrainStep
+from tolaria.steplog import StepLog
 from tolaria.streams import load_rng_tensors, rng_tensors, seed_rank
 from tolaria.tamiyo.line import PolicyLine, open_line
 from tolaria.task import Task, load_task
@@ -132,6 +134,7 @@ def _assemble(
     clock: Clock,
     cleanup: ExitStack,
 ) -> Trainer:
+    metrics = open_outlets(config, world, run, events, cleanup, {"goodput_seconds": clock.ledger.seconds})
     task = load_task(make_task or config.task.factory, config.task.args, config.run.seed)
     loader = Loader(task, config.data, world.device, events.emit)
     state, optim = build_state(config, task, world, loader)
@@ -158,7 +161,7 @@ def _assemble(
     replica.warm_up(sample)
     branch = saved.branch if saved is not None else 0
     guard, comeback = _keepers(config, state, replica, world, run, events, ring, journal, sample, branch)
-    metrics = make_metrics(world, run, cleanup)
+    steplog = StepLog(state, events, metrics, interval_steps=config.log.interval_steps) if metrics is not None else None
     alarm = Alarm(page, world, events, journal, stop, halt_wait_s=config.recovery.halt_wait_s,
                   signals=coordinator.signals)  # fmt: skip
     profiler = cleanup.enter_context(closing(make_profiler(config.profile, events, run.path, world)))
@@ -167,13 +170,12 @@ def _assemble(
         Parts(
             config=config, world=world, task=task, state=state, loader=loader,
             step=TrainStep(state, replica, events, debug=config.train.debug, phases=phases),
-            evaluator=evaluator,
-            coordinator=coordinator, guard=guard, comeback=comeback,
+            evaluator=evaluator, coordinator=coordinator, guard=guard, comeback=comeback,
             saver=Saver(config, world, state, replica, record, journal=journal, page=page,
                         writer=make_writer(config, world, run, journal, cleanup)),
             status=RunStatus(config, world, state, clock, coordinator=coordinator, journal=journal, alarm=alarm,
-                             record=record, metrics=metrics, progress=progress),
-            alarm=alarm, record=record, events=events, metrics=metrics, progress=progress,
+                             record=record, steplog=steplog, progress=progress),
+            alarm=alarm, record=record, events=events, progress=progress,
             profiler=profiler, stop=stop, facts=facts, desk=make_desk(state, world, run, journal, cleanup),
         )
     )  # fmt: skip

@@ -9,7 +9,7 @@ What a return decides takes effect at the step it goes to, also when a later sta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from tolaria.config_recovery import RecoveryConfig
@@ -67,7 +67,7 @@ class Comeback:
         self.rollback = rollback
         self.ring = ring
         self.journal = journal
-        self.branch = branch
+        self.branch = events.branch = branch
         self._ahead = journal.ahead(branch, state.step)
         self._spent: dict[int, tuple[str, float]] = {}
         self._gave_up: list[IncidentRecord] = []
@@ -126,7 +126,7 @@ class Comeback:
                 # The fast way has written its return down, and then it failed.
                 instead_of=self.journal.branch if self.journal.branch > before_it else 0,
                 to_step=step, to_boundary=int(meta["boundary"]), from_step=incident.step,
-                to_acts=Hand(**meta.get(HAND, {})).acts,
+                to_acts=Hand(**meta.get(HAND, {})).acts, paused=self.state.hand.paused,
                 at_boundary=self.state.boundary, level=incident.level, cause=incident.cause, reason=incident.reason,
                 skip=skip, conservative=incident.level >= CONSERVATIVE or attempt.held, held=attempt.held,
                 rewarm=self.config.rewarm_steps if spike else 0,
@@ -137,7 +137,7 @@ class Comeback:
     def _resume(self, incident: Incident, restored: Restored) -> CameBack:
         own = restored.local_meta if restored.local_meta is not None else restored.first_meta
         self.guard.load_state_dict(own["guard"], whole=restored.local_meta is not None)
-        self.branch = restored.branch
+        self.branch = self.events.branch = restored.branch
         self._spent[restored.taken.branch] = (restored.source, round(sum(restored.milliseconds.values()), 1))
         self.events.emit(
             "went_back", "warning", cause=incident.cause, reason=incident.reason, from_step=incident.step,
@@ -152,20 +152,29 @@ class Comeback:
             text=f"{incident.reason}; went back to {restored.source}",
         )  # fmt: skip
 
+    @property
+    def returning(self) -> int | None:
+        """The acts that the run had seen where it went back to this very step, while that is still to be gone through
+        again; else None. Acts up to there come first. Local, equal on all ranks."""
+        due = self._ahead and self._ahead[0].to_step == self.state.step
+        return self._ahead[0].to_acts if due else None
+
     def take_effects(self) -> bool | None:
-        """What the returns to this very step decided: samples left out, mode, re-warm. Local, alike on all ranks.
+        """What the returns to this very step decided: samples left out, mode, re-warm, whether the run stands still.
+        Local, alike on all ranks.
 
         None when there is none; else whether nothing is left of the epoch by it.
         """
         state, ended = self.state, None
-        while self._ahead and self._ahead[0].to_step == state.step:
+        while self.returning is not None:
             taken = self._ahead.pop(0)
+            state.hand = replace(state.hand, paused=taken.paused)
             state.sampler.skip(taken.skip)
             if taken.conservative:
                 state.mode = Mode(conservative=True, reason=f"{taken.cause} at step {taken.from_step}", held=taken.held)
             if taken.rewarm:
                 state.lr.rewarm(state.step, taken.rewarm)
-            self.branch = taken.branch
+            self.branch = self.events.branch = taken.branch
             ended = state.sampler.turn_over() or bool(ended)
         return ended
 
@@ -182,21 +191,25 @@ class Comeback:
             return None
         snapshot = self.ring.get(held[-1].seq)
         return Payload(
-            step=snapshot.info.step, branch=snapshot.info.branch, tensors=snapshot.tensors, meta=snapshot.meta,
+            step=snapshot.info.step, branch=snapshot.info.branch, acts=snapshot.info.acts,
+            tensors=snapshot.tensors, meta=snapshot.meta,
             local_tensors=snapshot.local_tensors, local_meta=snapshot.local_meta,
         )  # fmt: skip
 
     def _pick(self, incident: Incident, older: int) -> SnapshotInfo | None:
         """The newest snapshot from before the trouble, or one ``older`` steps back in the ring."""
         returns, limit = self.journal.returns, incident.before_act
-        sound = [i for i in self.ring.held() if i.step < incident.first and on_timeline(returns, i.branch, i.step)]
-        if limit is not None:
-            sound = [i for i in sound if Hand(**self.ring.get(i.seq).meta.get(HAND, {})).acts < limit]
+        held = [i for i in self.ring.held() if i.step < incident.first and (limit is None or i.acts < limit)]
+        sound = [i for i in held if on_timeline(returns, i.branch, i.step, i.acts)]
         return sound[max(0, len(sound) - 1 - older)] if sound else None
 
     def _accepts(self, incident: Incident) -> Accept:
-        """Which checkpoints the durable tier may take: the one asked for; else the good ones; else any before it."""
+        """Which checkpoints the durable tier may take: the one asked for; those from before an act; else the good
+        ones; else any before it."""
         ladder = self.journal.ladder
+        if incident.before_act is not None:
+            before = self._before_act(incident)
+            return lambda seq, step, branch: seq in before
         if incident.checkpoint is not None:
             return lambda seq, step, branch: seq == incident.checkpoint
         best = ladder.newest_good
@@ -205,8 +218,12 @@ class Comeback:
         return lambda seq, step, branch: self.journal.accepts(seq, step, branch) and step < incident.first
 
     def reaches(self, incident: Incident) -> bool:
-        """Whether there is a snapshot from before it. Local, equal on all ranks."""
-        return self._pick(incident, 0) is not None
+        """Whether there is a snapshot or a checkpoint from before an act. Local; rank 0 knows the checkpoints."""
+        return self._pick(incident, 0) is not None or bool(self._before_act(incident))
+
+    def _before_act(self, incident: Incident) -> set[int]:
+        rungs, limit = self.journal.ladder.rungs.values(), incident.before_act
+        return {r.seq for r in rungs if limit is not None and r.acts < limit and r.step < incident.first}
 
     @property
     def incidents(self) -> list[IncidentRecord]:

@@ -14,6 +14,7 @@ from tolaria.config_fields import BELOW_ONE, NOT_NEGATIVE, ONE_OR_MORE, POSITIVE
 from tolaria.config_profile import ProfileConfig
 from tolaria.config_recovery import CheckpointConfig, RecoveryConfig, WatchdogConfig
 from tolaria.config_tamiyo import TamiyoConfig
+from tolaria.config_telemetry import TelemetryConfig
 from tolaria.config_tuning import LRConfig, TuningConfig
 
 # Run names and slot names travel as ids in messages, which are ASCII.
@@ -227,6 +228,7 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     dist: DistConfig = field(default_factory=DistConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:

@@ -16,9 +16,10 @@ from tolaria.leyline.codec import decode_command, encode_command
 from tolaria.leyline.types import Command, CommandType, EmergencyLevel, RollbackCommand
 from tolaria.leyline.words import describe
 from tolaria.orders.desk import Waiting
-from tolaria.orders.words import COMMAND, EMERGENCY, PAUSE, RESUME, TRY, UNDO, Order, Outcome
+from tolaria.orders.words import COMMAND, EMERGENCY, PAUSE, RESUME, STOP, TRY, UNDO, Order, Outcome
 from tolaria.parts import Parts
 from tolaria.recovery.autopilot import Incident
+from tolaria.recovery.timeline import LoggedAct
 from tolaria.rehearsal.change import parse_change
 from tolaria.tamiyo.policy import with_identity
 from tolaria.undo import Done, inverse
@@ -26,6 +27,7 @@ from tolaria.undo import Done, inverse
 BACK = "back"
 """What an undo with the weights becomes."""
 MAX_DONE = 32
+_NOT_LOGGED = frozenset({"dry_run", "act", "again", "live", "ended", "refused"})
 
 
 class Docket:
@@ -38,15 +40,30 @@ class Docket:
 
     @property
     def waiting(self) -> bool:
-        """Whether there is an order that can be carried out now: not while logged acts are to come. Local."""
+        """Whether there is an order that can be carried out now: not while what is logged is still to come. Local."""
         desk = self.parts.desk
-        return desk is not None and desk.waiting and self.parts.guard.journal.next_act(self.state.hand.acts) is None
+        return (
+            desk is not None and desk.waiting and self.parts.comeback.returning is None
+            and self.parts.guard.journal.next_act(self.state.hand.acts) is None
+        )  # fmt: skip
 
     @property
     def again(self) -> bool:
         """Whether the log has an act at this very step that this state has not seen. Equal on all ranks."""
-        logged = self.parts.guard.journal.next_act(self.state.hand.acts)
+        logged = self._due
         return logged is not None and logged.step == self.state.step
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether the log has a later act, so that the run went on from here. Equal on all ranks."""
+        logged = self.parts.guard.journal.next_act(self.state.hand.acts)
+        return logged is not None and logged.step > self.state.step
+
+    @property
+    def _due(self) -> LoggedAct | None:
+        """The log's next act; not one that was made after a return to this step, as long as that is to come."""
+        logged, upto = self.parts.guard.journal.next_act(self.state.hand.acts), self.parts.comeback.returning
+        return logged if upto is None or logged is None or logged.number <= upto else None
 
     def next(self) -> dict[str, Any] | None:
         """The next act, told by rank 0 to all; it is in the log by then. None when there is none. Collective."""
@@ -64,12 +81,17 @@ class Docket:
         return told
 
     def _logged(self) -> dict[str, Any] | None:
-        logged = self.parts.guard.journal.next_act(self.state.hand.acts)
+        logged, journal = self._due, self.parts.guard.journal
         if logged is None or logged.body is None or logged.step > self.state.step:
             return None
         if logged.step < self.state.step:
             raise WalError(f"the log has act {logged.number} at step {logged.step}, the run at {self.state.step}")
-        return {**logged.body, "frame": "", "dry_run": False, "again": True}
+        # What ended the run is not done once more by one that goes on; what a crash cut off is.
+        live = journal.restarted and not logged.over if logged.body["action"] == STOP else not logged.ended
+        return {
+            **logged.body, "frame": "", "dry_run": False, "again": True, "live": live, "ended": logged.ended,
+            "refused": logged.refused,
+        }  # fmt: skip
 
     def _new(self) -> dict[str, Any] | None:
         desk = self.parts.desk
@@ -89,7 +111,7 @@ class Docket:
 
     def _log(self, told: dict[str, Any], waiting: Waiting) -> None:
         told["act"] = self.state.hand.acts + 1
-        body = {key: value for key, value in told.items() if key not in ("dry_run", "act", "again")}
+        body = {key: value for key, value in told.items() if key not in _NOT_LOGGED}
         self.parts.guard.journal.act(told["act"], self.state.step, {**body, "frame": waiting.frame.hex()})
 
     def _screen(self, order: Order) -> dict[str, Any]:
@@ -118,7 +140,7 @@ class Docket:
         return {
             "action": action, "order_id": order.order_id, "operator": order.operator, "reason": order.reason,
             "command": raw.hex(), "arguments": dict(order.arguments), "dry_run": order.dry_run, "undoes": undoes,
-            "again": False,
+            "again": False, "live": True, "ended": False, "refused": "",
         }  # fmt: skip
 
     def _undoing(self, order: Order) -> tuple[str, bytes, int]:
@@ -127,12 +149,14 @@ class Docket:
         last = self._done[-1]
         if order.arguments.get("weights") is True:
             if not self.parts.comeback.reaches(self.before(last.act, "")):
-                raise CommandRefused("no_state", f"no snapshot from before act {last.act} is left in memory")
+                raise CommandRefused(
+                    "no_state", f"neither a snapshot nor a checkpoint from before act {last.act} is left"
+                )
             return BACK, b"", last.act
         state = self.state
         command = inverse(
             last, newest=lambda pattern: state.tuner.newest(state.lr.matching(pattern)),
-            stage=lambda slot: state.kasmina.seeds[slot].stage,
+            seed=lambda slot: state.kasmina.seeds[slot],
         )  # fmt: skip
         named = with_identity(
             command, f"undo-{order.order_id}", issued_by=order.operator, issued_at_ns=time.time_ns()
@@ -157,10 +181,6 @@ class Docket:
         self.answer(
             Outcome(order_id=order.order_id, state="refused", step=self.state.step, code=code, reason=reason)
         )  # fmt: skip
-
-    def _answer(self, outcome: Outcome) -> None:
-        if self.parts.desk is not None:
-            self.parts.desk.answer(outcome)
 
     def answer(self, outcome: Outcome) -> None:
         """Tell who asked. Local; nothing on other ranks than 0."""

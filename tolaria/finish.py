@@ -26,6 +26,7 @@ def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> 
     """The head of the progress output."""
     kind = "debug, eager" if config.train.debug else "compiled" if config.compile.enabled else "eager"
     slots = ", ".join(state.kasmina.slots) or "none"
+    sinks = [f"{name} {where}" for name, where in config.telemetry.sinks.items()]
     return StartInfo(
         title=f"tolaria  {config.run.name}",
         lines=[
@@ -34,6 +35,7 @@ def start_info(config: Config, state: TrainState, world: World, run: RunDir) -> 
             ("data", f"{state.sampler.num_samples:,} samples, {state.sampler.steps_per_epoch} steps an epoch"),
             ("policy", config.tamiyo.endpoint or config.tamiyo.policy),
             ("run", short_path(str(run.path))),
+            *([("telemetry", ", ".join(sinks))] if sinks else []),
         ],
     )
 

@@ -170,7 +170,8 @@ class Guard:
     def commanded(self, command: RollbackCommand) -> Incident:
         """The return that a command asks for. Local; rank 0 knows the checkpoint and has found that there is one."""
         incident = self._incident("command", ELEVATED, command.reason or f"asked for: {command.target}")
-        return replace(incident, checkpoint=self.journal.target_of(command) if self.world.is_coordinator else -1)
+        seq = self.journal.target_of(command) if self.world.is_coordinator else None
+        return replace(incident, checkpoint=seq if seq is not None else -1)  # on no rank one of another cause
 
     def structure_changed(self) -> None:
         """Another structure has another usual loss and another validation. Local."""

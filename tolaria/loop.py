@@ -87,12 +87,13 @@ class Trainer:
                         incident = self._boundary()
                 if (incident := incident or guard.check(self._payload)) is not None:
                     self._go_back(incident)
+                    outcome = self._act(asked=False)[1]
                     break
                 if result.verdict is not None and result.verdict.stop_signal:
                     outcome = self._stop_asked(result.verdict.stop_signal)
                     break
                 moved, outcome = self._act(asked=result.verdict is not None and result.verdict.asked)
-                if moved or outcome != FINISHED or self._take_effects() or epoch_ended or self._done():
+                if moved or outcome != FINISHED or epoch_ended or self._done():
                     break
         if self._reached:
             outcome = STOPPED
@@ -103,10 +104,10 @@ class Trainer:
 
     def _begin(self) -> str:
         """The first snapshot, so that there is always one to go back to, and what the log has for this step."""
+        self.parts.events.step = self.state.step
         if self.parts.config.recovery.snapshot_steps:
             self.parts.guard.snapshot(self._payload())
             self.parts.comeback.forget_earlier_starts()
-        self._take_effects()
         self.parts.status.begin()
         return self._act(asked=False)[1]
 
@@ -126,33 +127,40 @@ class Trainer:
             self.parts.saver.save_now(payload)
 
     def _act(self, *, asked: bool) -> tuple[bool, str]:
-        """Carry out what an operator ordered. Whether the run is at another step by it, and the outcome so far."""
+        """Carry out what an operator ordered, and what the log has for this step: acts and returns in their order.
+
+        Whether the run has other samples before it by that, and the outcome so far.
+        """
         moved = False
-        while (effect := self.acts.make(asked=asked)) is not None:
-            self.lane.restart()
-            if effect.stop or effect.stop_signal:
-                return moved, self._stop_asked(effect.stop_signal or signal.SIGTERM, by_order=effect.stop)
-            if effect.halt:
-                with self.parts.step.phases("paused"):
-                    self.parts.alarm.freeze(self._save_newest_snapshot)
-            if effect.go_back is not None:
-                self._go_back(effect.go_back)
-                self.acts.settled()
-                moved = True
-        return moved, FINISHED
+        while True:
+            while (effect := self.acts.make(asked=asked)) is not None:
+                self.lane.restart()
+                if effect.stop or effect.stop_signal:
+                    return moved, self._stop_asked(effect.stop_signal or signal.SIGTERM, by_order=effect.stop)
+                if effect.halt:
+                    with self.parts.step.phases("paused"):
+                        self.parts.alarm.freeze(self._save_newest_snapshot)
+                if effect.go_back is not None:
+                    went = self._go_back(effect.go_back)
+                    self.acts.settled(went=went)
+                    moved |= went
+            if not self._take_effects():
+                return moved, FINISHED
+            moved = True
 
     # Going back
 
-    def _go_back(self, incident: Incident | None) -> None:
-        """Return to an earlier state, and once more if its first boundary is no better."""
-        parts = self.parts
+    def _go_back(self, incident: Incident | None) -> bool:
+        """Return to an earlier state, and once more if its first boundary is no better. Whether the run is at one."""
+        parts, went = self.parts, False
         while incident is not None:
             parts.alarm.page.enter(Phase.RESTORE, self.state.step)
             with parts.step.phases("rollback"):
                 parts.saver.finish()
                 came = parts.comeback.go_back(incident)
             if came is None:
-                return
+                return went
+            went = True
             self.lane.restart()
             saved = came.local_meta if came.local_meta is not None else came.first_meta
             parts.step.replica.tally.load_state_dict(saved["tally"])
@@ -167,6 +175,7 @@ class Trainer:
             parts.events.step = self.state.step
             parts.status.went_back()
             incident = self._boundary() if came.epoch_ended and self._boundary_due(True) else None
+        return went
 
     def _take_effects(self) -> bool:
         """On the way again through what was logged: do what a return to this step decided. True if there was one."""
@@ -213,7 +222,7 @@ class Trainer:
         self.lane.stepped(seconds)
         if result.taken:
             self.meters.add("loss", result.loss)
-        parts.status.stepped(result)
+        parts.status.stepped(result, seconds)
 
     def _boundary_due(self, epoch_ended: bool) -> bool:
         every = self.parts.config.train.boundary_steps
@@ -254,6 +263,7 @@ class Trainer:
         return Payload(
             step=self.state.step,
             branch=self.parts.comeback.branch,
+            acts=self.state.hand.acts,
             tensors=self.state.tensors(),
             meta=self.state.meta(),
             local_tensors=rng_tensors(self.parts.world.device),

@@ -9,7 +9,7 @@ import psutil
 
 from tolaria.config import Config
 from tolaria.dist import World
-from tolaria.errors import RunDirError
+from tolaria.errors import ConfigError, RunDirError
 from tolaria.options import to_toml
 from tolaria.orders.desk import OrderDesk, open_desk
 from tolaria.recovery.checkpoint import CheckpointWriter
@@ -20,7 +20,7 @@ from tolaria.rundir import RunDir
 from tolaria.state import TrainState
 from tolaria.telemetry.board import NAME, Board, Clock, Former, read_former
 from tolaria.telemetry.goodput import Ledger
-from tolaria.telemetry.metrics import MetricsLog
+from tolaria.telemetry.lines import warn
 
 
 def make_clock(config: Config, world: World, run: RunDir, began: float, cleanup: ExitStack) -> Clock:
@@ -69,25 +69,21 @@ def make_writer(config: Config, world: World, run: RunDir, journal: Journal, cle
 
 
 def make_desk(state: TrainState, world: World, run: RunDir, journal: Journal, cleanup: ExitStack) -> OrderDesk | None:
-    """Where operators' orders come in, on rank 0."""
+    """Where operators' orders come in, on rank 0. None where it cannot be opened: then the run takes no orders."""
     if not world.is_coordinator:
         return None
-    desk = open_desk(
-        run.path, run.run_id, world.generation, done_before=journal.orders,
-        hello=lambda: {"step": state.step, "boundary": state.boundary, "mode": state.mode.name,
-                       "paused": state.hand.paused, "acts": state.hand.acts},
-    )  # fmt: skip
+    try:
+        desk = open_desk(
+            run.path, run.run_id, world.generation, done_before=journal.orders,
+            hello=lambda: {"step": state.step, "boundary": state.boundary, "mode": state.mode.name,
+                           "paused": state.hand.paused, "acts": state.hand.acts},
+        )  # fmt: skip
+    except (RunDirError, ConfigError) as error:
+        # A start at night, by itself, is not to fail of a key file that somebody has touched.
+        warn(f"tolaria: the run takes no orders ({error}); training goes on")
+        return None
     cleanup.callback(desk.close)
     return desk
-
-
-def make_metrics(world: World, run: RunDir, cleanup: ExitStack) -> MetricsLog | None:
-    """Rank 0's file of the numbers of steps."""
-    if not world.is_coordinator:
-        return None
-    metrics = MetricsLog(run.path / "metrics.jsonl")
-    cleanup.callback(metrics.close)
-    return metrics
 
 
 def write_config(config: Config, run: RunDir) -> None:

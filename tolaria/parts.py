@@ -22,7 +22,6 @@ from tolaria.status import RunStatus
 from tolaria.step import TrainStep
 from tolaria.task import Task
 from tolaria.telemetry.events import EventLog
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress
 
 
@@ -45,7 +44,6 @@ class Parts:
     record: RunRecord
     status: RunStatus
     events: EventLog
-    metrics: MetricsLog | None
     progress: Progress
     profiler: Unprofiled
     stop: StopFlag

@@ -29,7 +29,7 @@ from tolaria.recovery.leftovers import Found, find, read
 from tolaria.recovery.timeline import LoggedAct, Return, Timeline, on_timeline
 from tolaria.recovery.wal import Wal
 from tolaria.rundir import RunDir
-from tolaria.state import TrainState
+from tolaria.state import HAND, TrainState
 from tolaria.task import Task, import_object
 from tolaria.telemetry.events import EventLog
 from tolaria.telemetry.progress import Progress
@@ -100,6 +100,8 @@ def take_up(
         check_facts(saved.first_meta["facts"], facts, accept=config.run.accept_changes, events=events)
         state.load(saved.tensors, saved.meta)
     branch = saved.branch if saved is not None else 0
+    if run.resume is None or run.resume.path == run.checkpoints:
+        journal.seen(state.hand.acts, state.boundary)
     check_start(journal, world, step=state.step, branch=branch, agent=agent_id(), restarted=run.restarted)
     return saved
 
@@ -129,12 +131,12 @@ def find_state(
 def _common_snapshot(folder: Path, world: World, run: RunDir, journal: Journal) -> Found | None:
     """The newest snapshot of this run, on its course, that every rank has. Collective."""
     mine = [f for f in find(run.run_id, world.global_rank, folder)
-            if on_timeline(journal.returns, f.info.branch, f.info.step)]  # fmt: skip
-    mine = sorted(mine, key=lambda f: (f.info.step, f.info.branch))[-MAX_FOUND:]
-    keys = [(f.info.step, f.info.branch, int.from_bytes(f.info.digest[:7], "big")) for f in mine]
-    row = [number for key in keys for number in key] + [-1] * (3 * (MAX_FOUND - len(keys)))
+            if on_timeline(journal.returns, f.info.branch, f.info.step, f.info.acts)]  # fmt: skip
+    mine = sorted(mine, key=lambda f: (f.info.step, f.info.branch, f.info.acts))[-MAX_FOUND:]
+    keys = [(f.info.step, f.info.branch, f.info.acts, int.from_bytes(f.info.digest[:7], "big")) for f in mine]
+    row = [number for key in keys for number in key] + [-1] * (4 * (MAX_FOUND - len(keys)))
     rows = world.peers.gather(row)
-    sets = [{tuple(r[at : at + 3]) for at in range(0, len(r), 3) if r[at] >= 0} for r in rows]
+    sets = [{tuple(r[at : at + 4]) for at in range(0, len(r), 4) if r[at] >= 0} for r in rows]
     common = set.intersection(*sets)
     return mine[keys.index(max(common))] if common else None  # type: ignore[arg-type]
 
@@ -175,7 +177,8 @@ def _load_checkpoint(
     if loaded is None:
         return None
     if run.resume.path == run.checkpoints:
-        journal.adopt(loaded.seq, loaded.step, loaded.branch, loaded.manifest_sha256)
+        acts = int(loaded.meta.get(HAND, {}).get("acts", 0))
+        journal.adopt(loaded.seq, loaded.step, loaded.branch, loaded.manifest_sha256, acts)
     events.emit("resumed", path=str(loaded.path), seq=loaded.seq, saved_step=loaded.step, branch=loaded.branch,
                 source="checkpoint", saved_world_size=loaded.world_size,
                 local_state=loaded.local_meta is not None)  # fmt: skip
@@ -194,7 +197,7 @@ def check_start(journal: Journal, world: World, *, step: int, branch: int, agent
     Raises on all ranks: CrashLoop when this torchrun has begun from this very point `MAX_STARTS` times already,
     RunHalted when an emergency halted the run and torchrun alone restarts it.
     """
-    code = 0
+    code, journal.restarted = 0, restarted
     if world.is_coordinator:
         if restarted and journal.halted_reason is not None:
             code = 1

@@ -39,7 +39,9 @@ class Saver:
         self.writer = writer
         self.journal = journal
         self.page = page
-        self._branch = 0
+        self._position = 0, 0
+        self.changed = False
+        """Whether an act has changed the state since the newest save; set alike on all ranks."""
 
     def save_if_due(self, payload: Callable[[], Payload]) -> None:
         """After a boundary: start a save if one is due and none is in flight. Blocks for the copy to host memory."""
@@ -61,7 +63,7 @@ class Saver:
         Raises CheckpointError when it could not be written.
         """
         self.page.enter(Phase.SAVE, self.state.step)
-        if self.finish() is None and self.record.checkpoint_step == self.state.step:
+        if self.finish() is None and self._is_saved():
             return
         self.replica.synchronise_buffers()
         self.save_now(payload())
@@ -77,7 +79,7 @@ class Saver:
         """Write a checkpoint now; blocks until it is committed. Why it could not be written, None if it was."""
         self.page.enter(Phase.SAVE, self.state.step)
         self.finish()
-        if self.record.checkpoint_step == self.state.step:
+        if self._is_saved():
             return None
         self.replica.synchronise_buffers()
         self._save(payload())
@@ -98,11 +100,14 @@ class Saver:
         for outcome in self.writer.poll():
             self.record.saved(outcome, is_coordinator=self.world.is_coordinator)
             if outcome.seq is not None and outcome.error is None:
-                self.journal.committed(outcome.seq, outcome.step, self._branch)
+                self.journal.committed(outcome.seq, outcome.step, *self._position)
             error = outcome.error
         return error
 
+    def _is_saved(self) -> bool:
+        return self.record.checkpoint_step == self.state.step and not self.changed
+
     def _save(self, payload: Payload) -> None:
-        self._branch = payload.branch
+        self._position, self.changed = (payload.branch, payload.acts), False
         with self.replica.ledger.phases("checkpoint"):
             self.writer.save(payload)

@@ -8,7 +8,7 @@ continued is bit-equal to one that was not interrupted.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
@@ -241,6 +241,7 @@ class TrainState:
         settings = saved_settings(self._configured, meta.get("optimizer", {}))
         before = list(self.optimizer.param_groups)
         forms = {name: slot.form for name, slot in self.kasmina.slots.items()}
+        learning = self.kasmina.shadow_seeds()
         self.kasmina.load_state_dict(meta["kasmina"])
         self.step, self.boundary = int(meta["step"]), int(meta["boundary"])
         self.skipped_steps = int(meta["skipped_steps"])
@@ -267,9 +268,9 @@ class TrainState:
         else:
             load_state(self.optimizer, of_optimizer, scalars)
             copy(saved, own)
-        after = self.optimizer.param_groups
-        same_groups = len(before) == len(after) and all(map(operator.is_, before, after))
-        return not same_groups or any(slot.form is not forms[n] for n, slot in self.kasmina.slots.items())
+        # A seed that learns behind the host is of the same form as one that does not.
+        same = _same(before, self.optimizer.param_groups) and _same(learning, self.kasmina.shadow_seeds())
+        return not same or any(slot.form is not forms[n] for n, slot in self.kasmina.slots.items())
 
     def _groups(self) -> dict[str, Mapping[str, nn.Parameter]]:
         return {HOST_GROUP: self.host_parameters, **self.kasmina.groups()}
@@ -292,3 +293,7 @@ def named_buffers_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     yield from sorted(state.host_buffers.items())
     for seed in state.kasmina.seeds.values():
         yield from sorted(seed.named_buffers().items())
+
+
+def _same(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))

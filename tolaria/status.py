@@ -24,9 +24,9 @@ from tolaria.recovery.journal import Journal
 from tolaria.setup import planned_steps
 from tolaria.state import HOST_GROUP, TrainState
 from tolaria.step import StepResult
+from tolaria.steplog import StepLog
 from tolaria.telemetry.board import Board, Clock
 from tolaria.telemetry.meters import Rate
-from tolaria.telemetry.metrics import MetricsLog
 from tolaria.telemetry.progress import Progress, StepInfo
 from tolaria.telemetry.report import balance_line, share_line
 from tolaria.telemetry.summary import Score
@@ -49,7 +49,7 @@ class RunStatus:
         journal: Journal,
         alarm: Alarm,
         record: RunRecord,
-        metrics: MetricsLog | None,
+        steplog: StepLog | None,
         progress: Progress,
     ) -> None:
         self.config = config
@@ -60,7 +60,7 @@ class RunStatus:
         self.journal = journal
         self.alarm = alarm
         self.record = record
-        self.metrics = metrics
+        self.steplog = steplog
         self.progress = progress
         self._samples = Rate()
         self._step = state.step
@@ -85,8 +85,8 @@ class RunStatus:
             self.board.look = self._look
             self.board.show()
 
-    def stepped(self, result: StepResult) -> None:
-        """A step is over."""
+    def stepped(self, result: StepResult, seconds: float) -> None:
+        """A step is over, its data included, after ``seconds``."""
         state = self.state
         self.ledger.at(state.step)
         self._step = state.step
@@ -95,14 +95,8 @@ class RunStatus:
         self._samples.add(state.sampler.group_size)
         if self.board is not None and self.board.wanted:
             self._say(self.board)
-        if self.metrics is not None and state.step % self.config.log.interval_steps == 0:
-            # The loss is this rank's part: the mean over ranks is in the boundary's event.
-            alphas = {f"alpha/{n}": x.alpha_value for n, x in state.kasmina.seeds.items() if x.occupied}
-            rates = {f"lr/{name}": state.lr.lr_at(name, state.step - 1) for name in state.lr.groups}
-            rate = rates.pop(f"lr/{HOST_GROUP}")
-            self.metrics.write(
-                state.step, epoch=state.sampler.epoch, loss_rank0=result.loss, lr=rate, **rates, **alphas
-            )  # fmt: skip
+        if self.steplog is not None:
+            self.steplog.stepped(result.loss, seconds)
         if self.progress.step_due():
             self._show_step(result)
 

@@ -8,9 +8,10 @@ the rest      only together with the weights: by going back to the state before 
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from tolaria.errors import CommandRefused
+from tolaria.leyline.limits import clip_text
 from tolaria.leyline.types import (
     OPTIMIZER_CLASS,
     BreakerCommand,
@@ -23,6 +24,14 @@ from tolaria.leyline.types import (
 from tolaria.tamiyo import policy as do
 
 _CANCELLED = (SeedStage.GERMINATED, SeedStage.TRAINING)
+_CULLED = (SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY)
+
+
+class Growing(Protocol):
+    """What an undo has to know of a seed: its stage, and the command that it germinated by."""
+
+    stage: SeedStage
+    command_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +74,14 @@ class Done:
         return cls(**body)
 
 
-def inverse(done: Done, *, newest: Callable[[str], str | None], stage: Callable[[str], SeedStage]) -> Command:
+def inverse(done: Done, *, newest: Callable[[str], str | None], seed: Callable[[str], Growing]) -> Command:
     """The command that takes an act back and leaves the weights as they are.
 
-    ``newest``: id of the newest optimizer command on the groups of a pattern; ``stage``: of the seed in a slot.
+    ``newest``: id of the newest optimizer command on the groups of a pattern; ``seed``: what grows in a slot.
     Raises CommandRefused("needs_weights") where there is none, ("changed_since") where somebody else has changed the
     same since.
     """
-    why = f"undo of act {done.act} ({done.what})"
+    why = clip_text(f"undo of act {done.act} ({done.what})")
     if done.kind == "optimizer":
         last = newest(done.detail)
         if last != done.command_id:
@@ -81,10 +90,14 @@ def inverse(done: Done, *, newest: Callable[[str], str | None], stage: Callable[
         return do.undo(done.detail, reason=why)
     if done.kind == "mode":
         return do.conservative(done.conservative, reason=why)
-    if done.kind == "seed" and stage(done.detail) in _CANCELLED:
-        return do.cancel(done.detail, reason=why)
-    if done.kind == "seed" and stage(done.detail) in (SeedStage.BLENDING, SeedStage.SHADOWING, SeedStage.PROBATIONARY):
-        return do.cull(done.detail, reason=why)
+    if done.kind == "seed":
+        grown = seed(done.detail)
+        if grown.command_id != done.command_id:
+            raise CommandRefused("changed_since", f"the seed of {done.what} is gone from {done.detail}; {_WEIGHTS}")
+        if grown.stage in _CANCELLED:
+            return do.cancel(done.detail, reason=why)
+        if grown.stage in _CULLED:
+            return do.cull(done.detail, reason=why)
     raise CommandRefused("needs_weights", f"{done.what} changed what training has used since; {_WEIGHTS}")
 
 

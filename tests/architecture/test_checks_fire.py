@@ -62,7 +62,7 @@ def test_ruff_reports_each_planted_violation() -> None:
 IMPORTS = [
     ("telemetry/events.py", "import tolaria.kasmina", "Layers: nothing imports upward"),
     ("kasmina/slot.py", "import google.protobuf", "Only tolaria.leyline touches protobuf"),
-    ("tamiyo/policy.py", "import zmq", "Only Tamiyo's transport touches ZeroMQ"),
+    ("tamiyo/policy.py", "import zmq", "Only transports touch ZeroMQ"),
     ("dist.py", "import pickle", "Nothing is unpickled"),
     ("config.py", "import torch", "Flags are answered, and the policy server runs, without torch"),
 ]

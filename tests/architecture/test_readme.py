@@ -1,6 +1,7 @@
 """Every command that README.md and docs/ tell a person to type is one that a test runs."""
 
 import re
+from pathlib import Path
 
 from tests.architecture.source import ROOT
 
@@ -13,6 +14,8 @@ MINE = "python -m tolaria.launch --task my_model:make_task"
 SERVICE = "--tamiyo.endpoint ipc:///tmp/policy.sock --tamiyo.key_file keys/shared.key"
 SERVE = "-m tolaria.tamiyo.server --policy my_policy:OneSeed --bind ipc:///tmp/policy.sock --key-file keys/shared.key"
 TASK_PAGE = "tests/integration/test_docs_task.py"
+POLICY_PAGE = "tests/integration/test_docs_policy.py"
+GROW_ONCE = "my_policy:GrowOnce"
 TUMOURS = "-m tolaria.launch --task tumours:make_task"
 TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make demo": ("tests/integration/test_demo.py", '"demo"'),
@@ -33,22 +36,42 @@ TESTED_COMMANDS: dict[str, tuple[str, str]] = {
     "make faults": ("Makefile", "--faults"),
     f"python {TUMOURS} --task.args.width 8 --train.epochs 20 --debug": (TASK_PAGE, f'"python {TUMOURS}'),
     f"torchrun --nproc_per_node=2 {TUMOURS} --train.epochs 20": (TASK_PAGE, f'"torchrun --nproc_per_node=2 {TUMOURS}'),
+    f"tolaria policy test {GROW_ONCE} --arg patience=2": (POLICY_PAGE, 'command("tolaria policy test my_policy")'),
+    f"tolaria policy replay runs/mine {GROW_ONCE} --arg patience=4": (POLICY_PAGE, 'command("tolaria policy replay")'),
+    "tolaria policy test --endpoint ipc:///tmp/policy.sock --key-file keys/shared.key": (
+        POLICY_PAGE, 'command("tolaria policy test --endpoint")',
+    ),
+    "node launch/examples/policy.mjs ipc:///tmp/policy.sock keys/shared.key": (
+        POLICY_PAGE, 'command("node launch/examples")',
+    ),
+    f"python -m tolaria.launch --tamiyo.policy {GROW_ONCE} --tamiyo.args.patience 2": (
+        POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.policy")',
+    ),
+    f"python -m tolaria.launch --tamiyo.shadow {GROW_ONCE}": (
+        POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.shadow")',
+    ),
+    f"python -m tolaria.launch {SERVICE}": (POLICY_PAGE, 'command("python -m tolaria.launch --tamiyo.endpoint")'),
     f"{MINE} {SERVICE}": (EXAMPLES, "--tamiyo.endpoint ipc:///tmp/policy.sock"),
-}
+}  # fmt: skip
 
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def commands_to_type() -> set[str]:
+def commands_of(*pages: Path) -> set[str]:
     """The commands of all ```sh blocks: without comments, continued lines joined."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     blocks = "".join(block for page in pages for block in SHELL_BLOCK.findall(page.read_text(encoding="utf-8")))
     lines = blocks.replace("\\\n", " ").splitlines()
     return {" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")}
 
 
+OPERATING = ROOT / "docs" / "operating.md"
+# Its test takes the commands from the page itself, so every one is run.
+TESTED_COMMANDS |= dict.fromkeys(commands_of(OPERATING), ("tests/integration/test_docs_operating.py", "in AFTERWARDS"))
+
+
 def test_every_command_to_type_is_tested_and_no_other_is_listed() -> None:
-    assert commands_to_type() == set(TESTED_COMMANDS)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert commands_of(*pages) == set(TESTED_COMMANDS)
 
 
 def test_the_tests_named_here_run_the_commands() -> None:

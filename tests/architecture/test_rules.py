@@ -16,6 +16,7 @@ MAX_FUNCTION_LINES = 60
 BROAD_HANDLERS = {
     ("kasmina/growth.py", "build_seed"): "the user's blueprint; reported as CommandRefused with its cause",
     ("task.py", "users_code"): "the user's task, model and data; reported as TaskError with its cause",
+    ("telemetry/sinks/worker.py", "SinkThread._attempt"): "a sink's package or service; the sink is given up, and told",
     ("tamiyo/desk.py", "Desk._decide"): "the user's policy; logged, and answered without commands",
     ("tamiyo/outbox.py", "SignalOutbox._raised"): "the user's policy; logged, and nothing is raised",
     ("tamiyo/policies/__init__.py", "_import_class"): "the user's module; reported as ConfigError with its cause",

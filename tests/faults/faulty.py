@@ -19,6 +19,8 @@ PLACES = {
     "decided": ("tolaria.recovery.journal:Journal.decided", "after"),
     "applying": ("tolaria.recovery.journal:Journal.applied", "before"),
     "applied": ("tolaria.recovery.journal:Journal.applied", "after"),
+    "asked": ("tolaria.recovery.journal:Journal.act", "after"),
+    "acted": ("tolaria.recovery.journal:Journal.acted", "before"),
     "void": ("tolaria.recovery.journal:Journal.went_back", "after"),
     "restoring": ("tolaria.rollback:Rollback._swap_in", "after"),
     "loading": ("tolaria.state:TrainState.load", "after"),

@@ -295,6 +295,16 @@ ROWS = (
         (RECOVERY + "test_a_slow_disk_under_the_telemetry", "tests/unit/test_telemetry_events.py::"),
     ),
     Row(55, "resume: other ranks, code, config", "refused unless accepted", ("tests/unit/test_restore.py::",)),
+    Row(
+        56,
+        "rank 0 dies in an operator's act",
+        "the act holds, state = unharmed",
+        (
+            "tests/faults/test_acts.py::test_a_command_holds",
+            "tests/integration/test_operator_course.py::test_a_death_at_any_point",
+            "tests/integration/test_operator_course.py::test_a_stop_that_a_crash_cut_off",
+        ),
+    ),
 )
 
 LONG = (

@@ -25,6 +25,7 @@ from tolaria.tamiyo.endpoint import parse_endpoint
 from tolaria.tamiyo.shadow import Shadow
 from tolaria.tamiyo.transport import DealerTransport
 from tolaria.telemetry.events import EventLog, read_events
+from tolaria.view.telling import tell
 
 SCRIPT = """
 command = [
@@ -74,6 +75,11 @@ def test_what_a_shadow_would_have_done_is_told_and_not_done(acting: dict[str, An
     # The acting policy asked for just that at one boundary.
     assert [a["boundary"] for a in answers if a["agrees"]] == [2]
     assert answers[1]["commanded"] == ["germinate early with low_rank"]
+    would = "the shadow would have decided germinate early with low_rank"
+    assert [tell(a) for a in answers[:2]] == [
+        f"boundary 1: {would}, other than the policy",
+        f"boundary 2: {would}, as the policy did",
+    ]
     told = counts(ran)
     assert told == {"asked": EPOCHS, "answered": len(answers), "compared": len(answers), "agreed": 1}
     assert ran.events("emergency") == []

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.headlines import headlines
 from tests.benchmark import quick
 
 
@@ -20,6 +21,8 @@ def test_the_growth_pause_is_told_for_every_command_and_number_of_ranks(tmp_path
         assert row["pause"] > 0 and parts < 2 * row["pause"]  # of medians
         assert row["first"] > 0 and row["step"] > 0
         assert row["graphs"] == 0
+    longest = {h.what: (h.value, h.budget) for h in headlines("growth_pause", found)}
+    assert longest["longest pause to grow, 0.3 M, 2 ranks: eager"] == (max(r["pause"] for r in rows[3:]), 100)
     assert found["budget_ms"] == 100 and "torch" in found["machine"] and "germinate" in printed
 
 
@@ -36,3 +39,4 @@ def test_the_start_is_split_into_parts_that_make_up_its_total(tmp_path: Path) ->
         assert all(part > 0 for part in parts)
         assert sum(parts) == pytest.approx(row["total"])
     assert "restart" in printed
+    assert [h.value for h in headlines("startup", found)] == [row["total"] for row in found["rows"]]

@@ -12,7 +12,6 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tests.rig import make_task, tiny_config
 from tolaria import build
 from tolaria.config import (
-    POLICY_NONE,
     CheckpointConfig,
     CompileConfig,
     Config,
@@ -22,6 +21,7 @@ from tolaria.config import (
     TamiyoConfig,
     TrainConfig,
 )
+from tolaria.config_tamiyo import POLICY_NONE
 from tolaria.telemetry.events import read_events
 
 

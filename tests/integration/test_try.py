@@ -15,6 +15,7 @@ import pytest
 
 from tests.faults.test_processes import digest_of, let_go, start, wait_until_held
 from tests.torchrun import ROOT, Job
+from tolaria.errors import RunUnreachable
 from tolaria.orders.client import RunClient
 from tolaria.orders.words import PAUSE, RESUME, STOP, TRY, Order, Outcome
 from tolaria.recovery.fsops import FileOps
@@ -87,11 +88,12 @@ def test_a_person_tries_something_and_the_run_ends_as_if_not(folder: Path, unhar
         summary = job.finish()
         assert job.left_behind() == []
     assert digest_of(summary) == unharmed
+    assert summary["goodput"]["rehearsal"] > 0 and summary["goodput"]["paused"] > 0
     lines = text.splitlines()
     assert lines[0] == "tried  *: lr x0.5; host: weight_decay 0.02" and max(map(len, lines)) <= 80
     assert lines[1].startswith("       8 steps from step 3") and "on 2 ranks" in lines[1]
     assert "training loss" in text and "last 4 steps" in text and "validation loss" in text
-    assert "after 8 steps" in text
+    assert "after 8 steps" in " ".join(text.split())
     assert (found["state"], found["details"]["steps"], found["details"]["train_steps"]) == ("applied", 12, 6)
     assert "lr_out_of_bounds" in far and "'lr=fast': 'fast' is no number" in wrong
     assert [act["arguments"]["steps"] for act in tries(run)] == [8, 12, 200]
@@ -121,16 +123,22 @@ def test_a_stop_ends_a_rehearsal_at_once(folder: Path) -> None:
     digest_of(summary)  # equal on both ranks
 
 
+def send_in_vain(run: Path, order: Order) -> None:
+    with pytest.raises(RunUnreachable):
+        RunClient.of(run).send(order, wait_s=3)
+
+
 def test_a_rank_that_dies_in_a_rehearsal_leaves_no_trace_of_it(folder: Path, unharmed: str) -> None:
     run = folder / "run"
     with start(folder, max_restarts=1, more=("--train.epochs", "100000", "--train.max_steps", "50")) as job:
         stand_still(job, folder)
         order = Order(action=TRY, operator="test", arguments={"change": "lr*=2", "steps": 15})
-        thread = threading.Thread(target=lambda: RunClient.of(run).send(order, wait_s=1), daemon=True)
+        thread = threading.Thread(target=send_in_vain, args=(run, order))
         thread.start()
         job.wait_until(lambda: tries(run) or None, "a rehearsal under way")
         time.sleep(0.05)
         job.rank(1).kill()
+        thread.join()
         job.wait_until(lambda: len(job.events("paused", rank=0)) > 1 or None, "the second start, standing still")
         go_on(run)
         summary = job.finish()

@@ -57,7 +57,7 @@ def test_a_checkpoint_knows_its_place_in_the_course_and_in_the_log(root: Path) -
     assert loaded.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
     record = take_up(root).records[-1]
     assert record.kind == WalKind.CHECKPOINT
-    assert record.document == {"seq": 2, "step": 2, "branch": 7, "manifest_sha256": loaded.manifest_sha256}
+    assert record.document == {"seq": 2, "step": 2, "branch": 7, "acts": 0, "manifest_sha256": loaded.manifest_sha256}
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -120,7 +120,7 @@ def test_a_commit_that_died_before_it_was_logged_counts_and_is_logged_by_the_nex
     script.kill()
     for path in sorted((root / "wal").glob("*.log"))[-1:]:  # and the record itself did not reach the disk
         raw = path.read_bytes()
-        at = raw.rindex(b'{"branch":0,"manifest_sha256"')
+        at = raw.rindex(b'{"acts":0,"branch":0,"manifest_sha256"')
         path.write_bytes(raw[:at] + bytes(len(raw) - at))
     first, second = take_up(root), take_up(root)
     for found in (first, second):

@@ -157,3 +157,25 @@ def test_one_rank_alone_needs_no_page_and_tells_one_loss_at_a_turn() -> None:
     fence = SharedFence(NoPage(), 1, timeout_s=1.0)
     tell(fence, losses=[0.5, 0.25])
     assert closed(fence).losses == (0.5,)
+
+
+# An operator's order that waits
+
+
+def test_all_ranks_know_of_an_order_that_waits_on_one_of_them(tmp_path: Path) -> None:
+    fences = shared(tmp_path / "page", 3)
+    for asked in (True, False, True):
+        for rank, fence in enumerate(fences):
+            tell(fence, losses=[1.0], asked=asked and rank == 0, level=rank, stop_signal=signal.SIGINT * (rank == 2))
+        assert [closed(fence) for fence in fences] == [Verdict(signal.SIGINT, 2, (1.0,), False, asked)] * 3
+
+
+def test_an_order_travels_with_the_sum_over_machines_and_with_nothing_else() -> None:
+    fence = new_fence(fence_steps=8)
+    tell(fence, asked=True)
+    assert closed(fence) == Verdict(asked=True)
+    tell(fence, level=4, losses=[0.5] * MAX_STEPS, lr_changed=True)
+    verdict = closed(fence)
+    assert not verdict.asked and len(verdict.losses) == MAX_STEPS
+    tell(fence, asked=True, losses=[0.25] * MAX_STEPS)
+    assert closed(fence) == Verdict(losses=(0.25,) * MAX_STEPS, asked=True)

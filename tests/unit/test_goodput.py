@@ -118,6 +118,19 @@ def test_a_later_start_goes_on_from_the_former_seconds_and_replays_up_to_the_fur
     assert spent(ledger) == {"compute": 51.0, "start-up": 4.0, "restart": 10.0, "replayed": 1.0}
 
 
+def test_whatever_is_done_in_a_rehearsal_is_rehearsal_and_no_part_of_the_runs_own_steps(
+    now: Now, ledger: Ledger
+) -> None:
+    now.goes(1.0)
+    with ledger.phases("rehearsal"):
+        for phase in ("data", "forward", "validation", "compile"):
+            with ledger.phases(phase):  # type: ignore[arg-type]
+                now.goes(2.0)
+                assert ledger.activity == "rehearsal"
+    now.goes(1.0)
+    assert (spent(ledger), ledger.own("data wait")) == ({"start-up": 5.0, "compute": 2.0, "rehearsal": 8.0}, 0.0)
+
+
 def test_time_can_be_told_to_have_been_another_category_only_as_far_as_nobody_has_booked_it(
     now: Now, ledger: Ledger
 ) -> None:

@@ -31,7 +31,7 @@ def test_what_is_off_the_course_is_taken_off_good_or_not() -> None:
     for seq, step in enumerate((10, 20, 30)):
         ladder.add(seq, step, 0)
     ladder.healthy_boundary()
-    assert ladder.take_off(lambda branch, step: step > 10) == {1, 2}
+    assert ladder.take_off(lambda rung: rung.step > 10) == {1, 2}
     assert ladder.newest is not None and ladder.newest.seq == 0
     assert ladder.newest_good is not None and ladder.newest_good.seq == 0
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,48 @@ def test_a_death_at_any_moment_leaves_the_one_before(tmp_path: Path) -> None:
             snapshot = read(each)
             assert {float(t.min()) for t in snapshot.tensors.values()} == {float(each.info.step)}
             assert {float(t.max()) for t in snapshot.tensors.values()} == {float(each.info.step)}
+
+
+# Kept apart: the state before an operator's last command
+
+
+def apart(ring: SnapshotRing, payload: Payload) -> int:
+    taken = ring.take(payload, apart=True)
+    assert taken is not None
+    ring.confirm(taken.info.seq)
+    return taken.info.seq
+
+
+def test_what_is_kept_apart_outlives_those_that_come_and_go_and_is_replaced_by_its_like(ring: SnapshotRing) -> None:
+    kept = apart(ring, replace(state(1), acts=3))
+    for step in range(2, 9):
+        keep(ring, state(step))
+    assert [(info.seq, info.step, info.acts) for info in ring.held()] == [(kept, 1, 3), (7, 7, 0), (8, 8, 0)]
+    assert_same(dict(ring.get(kept).tensors), dict(state(1).tensors))
+    apart(ring, replace(state(9), acts=4))
+    assert [(info.step, info.acts) for info in ring.held()] == [(7, 0), (8, 0), (9, 4)]
+
+
+def test_where_there_is_room_for_one_less_it_takes_the_place_of_the_oldest(tmp_path: Path) -> None:
+    ring = make_ring(tmp_path, limit_bytes=2 * 8192 + 4096)
+    for step in (1, 2):
+        keep(ring, state(step))
+    apart(ring, state(3))
+    assert [info.step for info in ring.held()] == [2, 3] and not ring.disabled
+    ring.close(remove=True)
+
+
+def test_the_next_start_finds_how_many_acts_a_snapshot_has_seen(ring: SnapshotRing, tmp_path: Path) -> None:
+    keep(ring, replace(state(5), acts=1))
+    apart(ring, replace(state(5), acts=2))
+    ring.close(remove=False)
+    found = sorted(find(RUN, 0, tmp_path), key=lambda one: one.info.seq)
+    assert [(one.info.step, one.info.acts, read(one).info.acts) for one in found] == [(5, 1, 1), (5, 2, 2)]
+
+
+def test_a_return_takes_what_is_kept_apart_with_it_if_it_came_later(ring: SnapshotRing) -> None:
+    keep(ring, state(5))
+    apart(ring, state(7))
+    keep(ring, state(8))
+    ring.drop_after(6)
+    assert [info.step for info in ring.held()] == [5]

@@ -379,6 +379,18 @@ def test_a_class_that_can_not_be_had_changes_nothing(
 # Memento
 
 
+def test_going_back_to_before_a_seed_learned_says_that_the_structure_changed(tmp_path: Path) -> None:
+    with Rig.build(tmp_path) as rig:
+        rig.grow("late", SeedStage.GERMINATED)
+        kept = saved(rig.state)
+        assert not rig.state.load(*kept)
+        rig.boundary(do.start_training("late"))
+        rig.train(2)
+        assert rig.state.load(*kept)  # so that nobody goes on training it in its shadow
+        rig.replica.rebuild(afresh=True)
+        rig.train(1)
+
+
 def test_a_memento_takes_back_structure_rates_and_mode(rig: Rig) -> None:
     state = rig.state
     before, optimizer = state.digest(), state.optimizer

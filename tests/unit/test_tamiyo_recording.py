@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.handshake_run import EPOCHS, Ran, run, run_config
+from tests.faults.handshake_run import EPOCHS, Ran, run, run_config, trained_alike
 from tolaria.errors import ConfigError, RunDirError
 from tolaria.leyline.codec import decode_command
 from tolaria.leyline.framing import KeyRing, request_header, seal
@@ -70,8 +70,10 @@ def test_an_altered_frame_does_not_verify_and_without_the_key_nothing_is_claimed
 
 
 @pytest.mark.processes
-def test_a_run_that_is_to_record_nothing_records_nothing(tmp_path: Path) -> None:
-    ran = run(run_config(tmp_path / "run", epochs=1, policy="noop", record=False, deadline_ms=5000))
+def test_a_run_that_is_to_record_nothing_records_nothing_and_is_the_same_run(recorded: Ran, tmp_path: Path) -> None:
+    script = recorded.folder.parent / "script.toml"
+    ran = run(run_config(tmp_path / "run", policy=f"script:{script}", record=False, deadline_ms=5000))
+    assert trained_alike(ran, recorded)
     assert not {FILE_NAME, KEYS_NAME} & {path.name for path in ran.folder.iterdir()}
 
 

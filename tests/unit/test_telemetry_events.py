@@ -45,13 +45,13 @@ def failing_write(failures: int) -> Callable[[int, bytes], int]:
 
 def test_an_event_is_one_line_that_carries_who_when_and_its_fields(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl", 3, run_id="ab12", mono_ns=lambda: 5, wall_ns=lambda: 7)
-    log.step = 42
+    log.step, log.branch = 42, 1
     log.emit("policy_silent", "warning", waited_ms=2000.5, codes=("timeout",))
     log.close()
     assert strict_lines(tmp_path / "events.jsonl") == [
         {
             "kind": "policy_silent", "level": "warning", "run_id": "ab12", "rank": 3, "step": 42,
-            "mono_ns": 5, "wall_ns": 7, "waited_ms": 2000.5, "codes": ["timeout"],
+            "branch": 1, "mono_ns": 5, "wall_ns": 7, "waited_ms": 2000.5, "codes": ["timeout"],
         }
     ]  # fmt: skip
 
@@ -252,5 +252,6 @@ def test_metrics_have_step_time_and_values(tmp_path: Path, capsys: pytest.Captur
     log.write(20, loss=0.5, lr=float("inf"))
     log.close()
     assert log.lost == 1
-    assert list(read_metrics(tmp_path / "m")) == [{"step": 20, "wall_ns": 9, "loss": 0.5, "lr": "Infinity"}]
+    (line,) = read_metrics(tmp_path / "m")
+    assert line == {"step": 20, "branch": 0, "wall_ns": 9, "loss": 0.5, "lr": "Infinity"}
     assert "No space left" in capsys.readouterr().err

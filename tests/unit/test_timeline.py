@@ -139,3 +139,88 @@ def test_a_record_without_its_fields_refuses_the_log(kind: WalKind) -> None:
     body = {"applied": ["a"]} if kind == WalKind.APPLIED else {"nothing": 1}
     with pytest.raises(WalError, match="malformed"):
         Timeline.of(log((kind, body)))
+
+
+# Acts of an operator
+
+
+def act(number: int, step: int) -> tuple[WalKind, dict[str, Any]]:
+    return WalKind.ACT, {"act": number, "step": step, "order_id": f"order-{number}-{step}", "action": "command"}
+
+
+def acted(number: int, name: str = "", refused: str = "") -> tuple[WalKind, dict[str, Any]]:
+    fate = {"applied": [name] if name else [], "refused": {f"order-{number}": refused} if refused else {}}
+    return WalKind.ACTED, {"act": number, "boundary": 1, **fate, "digest": ""}
+
+
+def test_an_act_that_the_run_has_not_seen_is_made_again() -> None:
+    journal = Journal(Timeline.of(log(act(1, 10), acted(1, "a"), act(2, 20))), wal=None, good_after=2)
+    first, second = journal.next_act(0), journal.next_act(1)
+    assert first is not None and (first.number, first.step, first.ended, first.refused) == (1, 10, True, "")
+    assert second is not None and (second.step, second.ended) == (20, False)
+    assert journal.next_act(2) is None
+    assert journal.orders == {"order-1-10", "order-2-20"} and journal.applied_before("a")
+
+
+def test_what_became_of_an_act_is_what_the_log_says_last() -> None:
+    found = Timeline.of(log(act(1, 10), acted(1, "a"), acted(1, refused="return_failed"), act(2, 11), acted(2, "b")))
+    assert [(found.acts[n].refused, found.acts[n].ended) for n in (1, 2)] == [("return_failed", True), ("", True)]
+
+
+def test_a_return_voids_the_acts_behind_it_whose_numbers_are_used_again() -> None:
+    """Also those of the very boundary it goes to: an id is free again, and the order is not done a second time."""
+    found = Timeline.of(log(
+        act(1, 10), acted(1, "a"), act(2, 12), acted(2, "b"), act(3, 14), acted(3, "c"),
+        (WalKind.VOID, back(1, 11, boundary=1, to_acts=1).to_json()), act(2, 11), acted(2, "d"),
+    ))  # fmt: skip
+    journal = Journal(found, wal=None, good_after=2)
+    assert journal.next_act(0) is not None
+    again = journal.next_act(1)
+    assert again is not None and again.body is not None and again.body["order_id"] == "order-2-11"
+    assert journal.next_act(2) is None
+    assert [journal.applied_before(name) for name in "abcd"] == [True, False, False, True]
+    assert len(journal.orders) == 4
+
+
+def test_a_run_that_ended_as_it_should_has_done_with_its_acts() -> None:
+    found = Timeline.of(log(act(1, 10), (WalKind.CLOSE, {}), start(10), act(2, 20)))
+    assert [found.acts[n].over for n in (1, 2)] == [True, False]
+
+
+def test_logs_from_before_there_were_acts_are_read() -> None:
+    old = {key: value for key, value in back(1, 11, boundary=1).to_json().items() if key not in ("to_acts", "paused")}
+    found = Timeline.of(log(checkpoint(0, 10), (WalKind.VOID, old), checkpoint(1, 12, branch=1)))
+    assert (found.returns[0].to_acts, found.returns[0].paused, found.checkpoints[1].acts) == (0, None, 0)
+    assert Journal(found, wal=None, good_after=2).void == set()
+
+
+@pytest.mark.parametrize("spoiled", [
+    {"act": "x", "step": 1, "order_id": "o"}, {"step": 1, "order_id": "o"}, {"act": 1, "step": 1}, {"act": 1},
+])  # fmt: skip
+def test_an_act_that_says_nothing_is_a_broken_log(spoiled: dict[str, Any]) -> None:
+    with pytest.raises(WalError, match=r"record 1 \(ACT\) is malformed"):
+        Timeline.of(log((WalKind.ACT, spoiled)))
+
+
+@pytest.mark.parametrize(("branch", "step", "acts", "lies_on_it"), [
+    (0, 20, 1, True), (0, 20, 2, False), (0, 19, 9, True), (0, 21, 0, False), (1, 20, 9, True), (0, 20, 0, True),
+])  # fmt: skip
+def test_at_the_step_of_a_return_the_acts_say_what_came_before_it(
+    branch: int, step: int, acts: int, lies_on_it: bool
+) -> None:
+    assert on_timeline([back(1, 20, to_acts=1)], branch, step, acts) is lies_on_it
+
+
+def test_a_checkpoint_that_has_seen_a_void_act_is_off_the_course_and_another_of_that_step_is_on_it() -> None:
+    journal = Journal(Timeline(), wal=None, good_after=2)
+    journal.committed(0, 20, 0, 0)
+    journal.committed(1, 20, 0, 2)
+    journal.went_back(back(1, 20, to_acts=1))
+    assert journal.void == {1} and list(journal.ladder.rungs) == [0]
+    journal.committed(2, 20, 0, 3)  # written while the run went back
+    assert journal.void == {1, 2}
+
+
+def test_a_return_to_before_an_act_undoes_the_one_to_after_it() -> None:
+    returns = [back(1, 20, to_acts=2), back(2, 20, to_acts=1)]
+    assert ahead(returns, 0, 20) == returns[1:]

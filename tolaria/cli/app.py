@@ -5,8 +5,8 @@ No command imports torch before it needs it: `tolaria status` answers at once.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
 from tolaria.cli import logs, policy, runs, status, top, why
@@ -15,13 +15,15 @@ from tolaria.cli.audit import audit
 from tolaria.cli.export import export
 from tolaria.cli.replay import replay
 from tolaria.cli.report import report
-from tolaria.cli.send import send, undo
+from tolaria.cli.send import UNDO_EXAMPLES, send, undo
 from tolaria.cli.verify import verify
 from tolaria.errors import TolariaError
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 the answer is no (a check failed, a command was refused); 2 wrong arguments; 73 no such run, or
-its directory cannot be read; 74 a checkpoint or log is damaged; 75 the run is not running, or does not answer.
+Exit codes: 0 done; 1 the answer is no (a check failed, a command was
+refused); 2 wrong arguments; 73 no such run, or its directory cannot be read;
+74 a checkpoint or log is damaged; 75 the run is not running, or does not
+answer.
 """
 
 app = typer.Typer(
@@ -42,19 +44,23 @@ app.add_typer(send, name="send")
 app.command("status", epilog=status.EXAMPLES)(status.status)
 app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("try")(attempt)
-app.command("undo")(undo)
+app.command("undo", epilog=UNDO_EXAMPLES)(undo)
 app.command("verify")(verify)
 app.command("why", epilog=why.EXAMPLES)(why.why)
+
+
+# Newer typer brings click along under a name of its own, older ones use the one beside it.
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these arguments; the exit code. Errors are one line on stderr."""
     try:
-        result = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
-    except click.ClickException as error:
+        result = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="tolaria", standalone_mode=False)
+    except _USAGE as error:
         error.show()
-        return error.exit_code
-    except click.Abort:
+        return int(error.exit_code)
+    except typer.Abort:
         return 130
     except TolariaError as error:
         sys.stderr.write(f"tolaria: {' '.join(str(error).split())}\n")

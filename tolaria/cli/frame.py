@@ -14,11 +14,10 @@ from tolaria.view.panels import panels
 from tolaria.view.sections import Section, headline, progress, state_style
 from tolaria.view.selection import Selection
 from tolaria.view.telling import clock, style_of, tell
-from tolaria.view.why import Answer, Urgency, unusual
+from tolaria.view.why import STYLE_OF, Answer, unusual
 
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 GAP = 2
-CURVE_POINTS = 600
 LABEL = 9
 MIN_EVENTS = 3
 
@@ -74,9 +73,9 @@ def _curves(view: View, width: int, height: int, *, plain: bool) -> list[Text]:
     if not losses:
         losses = [(float(b.step), b.train_loss) for b in view.course.boundaries if b.train_loss is not None]
     accuracy = [(float(b.step), b.val_accuracy) for b in view.course.boundaries if b.val_accuracy is not None]
-    loss = draw(thinned(losses, CURVE_POINTS), validation, width=left, height=height, plain=plain,
+    loss = draw(thinned(losses, left), validation, width=left, height=height, plain=plain,
                 label="loss, o validation")  # fmt: skip
-    gain = draw(thinned(accuracy, CURVE_POINTS), [], width=right, height=height, plain=plain, label="accuracy")
+    gain = draw(thinned(accuracy, 2 * right), [], width=right, height=height, plain=plain, label="accuracy")
     return [Text(f"{a:<{left}}{' ' * GAP}{b}") for a, b in zip(loss, gain, strict=True)]
 
 
@@ -133,7 +132,7 @@ def _foot(answers: Sequence[Answer], width: int, encoding: str, keys: str) -> li
     rows = []
     for answer in answers[:2]:
         since = f" (step {answer.since:,})" if answer.since is not None else ""
-        style = "bad" if answer.urgency == Urgency.BROKEN else "warn" if answer.urgency < Urgency.NOTE else ""
+        style = STYLE_OF[answer.urgency]
         told = printable(f"! {answer.what}{since}", encoding)
         rows.append(Text(_fit(told, width, encoding), STYLES.get(style, "")))
     if not rows:

@@ -22,32 +22,55 @@ SEED_OPS = {
     "fossilize": SeedOp.FOSSILIZE, "cull": SeedOp.CULL, "cancel": SeedOp.CANCEL,
 }  # fmt: skip
 
+HINTS = {
+    "conservative": "tolaria send RUN conservative off",
+    "lr_increase_conservative": "tolaria send RUN conservative off",
+    "paused": "tolaria send RUN resume", "needs_weights": "tolaria undo RUN --weights",
+    "changed_since": "tolaria undo RUN --weights", "busy": "the same again in a while",
+}  # fmt: skip
+"""What one may want to do about a refusal."""
+
+
+def _examples(*words: str, command: str = "send ") -> str:
+    """A line each, for the end of a help page."""
+    tail = "tolaria undo runs/RUN" if command == "undo " else "tolaria send runs/RUN"
+    return "Examples:\n\n" + "\n\n".join(f"  {tail} {line}".rstrip() for line in words)
+
+
 send = typer.Typer(
     no_args_is_help=True,
     help="Order something of a live run. It is checked as a policy's command is, takes effect on all ranks at one step "
     "or on none, and is written to the run's log first.",
-    epilog="Examples: tolaria send runs/RUN lr --scale 0.5 --groups 'host*' --reason plateau | tolaria send runs/RUN "
-    "seed germinate --slot late --blueprint conv_residual --dry-run | tolaria send runs/RUN rollback --to good",
-)
+    subcommand_metavar="ORDER [OPTIONS]...",
+    epilog=_examples(
+        "lr --scale 0.5 --groups 'host*' --reason plateau",
+        "seed cull --slot late --dry-run", "rollback --to good", "lr --help",
+    ),
+)  # fmt: skip
 
-Reason = Annotated[str, typer.Option("--reason", "-m", help="Why, for the log.")]
+Reason = Annotated[str, typer.Option("--reason", "-m", metavar="TEXT", help="Why, for the log.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Have all ranks check it; change nothing.")]
-Wait = Annotated[float, typer.Option("--wait", min=0.1, help="Seconds to wait for the outcome.")]
+Wait = Annotated[float, typer.Option("--wait", min=0.1, metavar="SECONDS", help="For the outcome; then exit code 75.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
-KeyFile = Annotated[str | None, typer.Option("--key-file", help="Another key file than the run's operator.key.")]
+KeyFile = Annotated[
+    str | None, typer.Option("--key-file", metavar="FILE", help="Another key file than the run's operator.key.")
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's directory.")]
 
 
 @send.callback()
-def _run(context: typer.Context, run: Annotated[str, typer.Argument(help="The run's directory.")]) -> None:
+def _run(context: typer.Context, run: Run) -> None:
     context.obj = run
 
 
-@send.command()
+@send.command(epilog=_examples("lr --scale 0.5 --reason plateau", "lr --set 1e-3 --groups 'seed/*' --dry-run"))
 def lr(
     context: typer.Context,
-    scale: Annotated[float | None, typer.Option(help="A factor on the rate.")] = None,
-    set_: Annotated[float | None, typer.Option("--set", help="The rate itself.")] = None,
-    groups: Annotated[str, typer.Option(help="Shell pattern of group names.")] = "*",
+    scale: Annotated[float | None, typer.Option(metavar="FACTOR", help="Multiply the rate: 0.5 halves it.")] = None,
+    set_: Annotated[
+        float | None, typer.Option("--set", metavar="RATE", help="The rate itself, before warm-up and decay.")
+    ] = None,
+    groups: Annotated[str, typer.Option(metavar="PATTERN", help="Which groups: host, seed/SLOT.")] = "*",
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
     """Change the learning rate; the schedule goes on in proportion."""
@@ -57,25 +80,27 @@ def lr(
     return _command(context.obj, command, reason, dry_run=dry_run, wait=wait, as_json=json, key_file=key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("seed germinate --slot late --blueprint conv_residual", "seed cull --slot late"))
 def seed(
     context: typer.Context,
-    operation: Annotated[str, typer.Argument(help=", ".join(SEED_OPS))],
-    slot: Annotated[str, typer.Option(help="The slot.")],
-    blueprint: Annotated[str, typer.Option(help="What to grow (germinate).")] = "",
+    operation: Annotated[str, typer.Argument(metavar="OPERATION", help=", ".join(SEED_OPS))],
+    slot: Annotated[str, typer.Option(metavar="NAME", help="The slot.")],
+    blueprint: Annotated[str, typer.Option(metavar="NAME", help="What to grow; for germinate.")] = "",
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
     """Grow a seed, move it to its next stage, or take it out."""
     if operation not in SEED_OPS:
         raise typer.BadParameter(f"{operation!r}: expected one of {', '.join(SEED_OPS)}")
+    if bool(blueprint) != (operation == "germinate"):
+        raise typer.BadParameter("germinate needs --blueprint NAME, and nothing else takes one")
     command = do.seed_command(SEED_OPS[operation], slot, blueprint=blueprint)
     return _command(context.obj, command, reason, dry_run=dry_run, wait=wait, as_json=json, key_file=key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("rollback --to good --reason 'diverged since'", "rollback --to step:1200"))
 def rollback(
     context: typer.Context,
-    to: Annotated[str, typer.Option("--to", help="good, or step:N for the checkpoint of step N.")],
+    to: Annotated[str, typer.Option("--to", metavar="WHERE", help="good, or step:N for the checkpoint of step N.")],
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 60.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
     """Go back to a checkpoint; what was decided since is void."""
@@ -86,9 +111,10 @@ def rollback(
     return _command(context.obj, command, reason, dry_run=dry_run, wait=wait, as_json=json, key_file=key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("conservative on --reason 'over the weekend'", "conservative off"))
 def conservative(
-    context: typer.Context, switch: Annotated[str, typer.Argument(help="on or off")],
+    context: typer.Context,
+    switch: Annotated[str, typer.Argument(metavar="on|off", help="Into the mode, or out of it.")],
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
     """No structural change and nothing that learns faster, until it is switched off."""
@@ -98,7 +124,7 @@ def conservative(
     return _command(context.obj, command, reason, dry_run=dry_run, wait=wait, as_json=json, key_file=key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("pause --reason 'the disk is being moved'"))
 def pause(
     context: typer.Context, reason: Reason = "", wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None
 ) -> int:
@@ -106,7 +132,7 @@ def pause(
     return _order(context.obj, Order(action=PAUSE, reason=reason, operator=operator_name()), wait, json, key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("resume"))
 def resume(
     context: typer.Context, reason: Reason = "", wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None
 ) -> int:
@@ -114,7 +140,7 @@ def resume(
     return _order(context.obj, Order(action=RESUME, reason=reason, operator=operator_name()), wait, json, key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("checkpoint --wait 600", "checkpoint --json | jq -r .details.checkpoint"))
 def checkpoint(
     context: typer.Context, reason: Reason = "", wait: Wait = 120.0, json: Json = False, key_file: KeyFile = None
 ) -> int:
@@ -122,7 +148,7 @@ def checkpoint(
     return _order(context.obj, Order(action=CHECKPOINT, reason=reason, operator=operator_name()), wait, json, key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("stop --reason 'good enough'"))
 def stop(
     context: typer.Context, reason: Reason = "", wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None
 ) -> int:
@@ -130,9 +156,9 @@ def stop(
     return _order(context.obj, Order(action=STOP, reason=reason, operator=operator_name()), wait, json, key_file)
 
 
-@send.command()
+@send.command(epilog=_examples("emergency halt --reason 'smoke'", "emergency conservative"))
 def emergency(
-    context: typer.Context, level: Annotated[str, typer.Argument(help=", ".join(LEVELS))],
+    context: typer.Context, level: Annotated[str, typer.Argument(metavar="LEVEL", help=", ".join(LEVELS))],
     reason: Reason = "", wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
     """Raise an emergency on all ranks. Where rank 0 does not answer: python -m tolaria.emergency."""
@@ -145,8 +171,11 @@ def emergency(
     return _order(context.obj, order, wait, json, key_file)
 
 
+UNDO_EXAMPLES = _examples("", "--weights --reason worse", "--dry-run", command="undo ")
+
+
 def undo(
-    run: Annotated[str, typer.Argument(help="The run's directory.")],
+    run: Run,
     weights: Annotated[bool, typer.Option("--weights", help="Go back to the state before it, steps included.")] = False,
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 60.0, json: Json = False, key_file: KeyFile = None,
 ) -> int:  # fmt: skip
@@ -154,8 +183,6 @@ def undo(
 
     Learning rates, optimizer settings, mode and a seed just grown are taken back as they were, and the weights go on.
     With --weights the whole run returns to the state before the command.
-
-    Examples: tolaria undo runs/RUN | tolaria undo runs/RUN --weights --reason "worse"
     """
     order = Order(
         action=UNDO, arguments={"weights": weights}, reason=reason, operator=operator_name(), dry_run=dry_run
@@ -191,17 +218,19 @@ def _order(run: str, order: Order, wait: float, as_json: bool, key_file: str | N
     if as_json:
         print_json(asdict(outcome))
     else:
-        _tell(outcome)
+        _tell(outcome, run)
     return 1 if outcome.state == "refused" else 0
 
 
-def _tell(outcome: Outcome) -> None:
+def _tell(outcome: Outcome, run: str) -> None:
     out = console()
     ranks = f" on {outcome.ranks} rank{'s' if outcome.ranks != 1 else ''}" if outcome.ranks else ""
     if outcome.state == "refused":
         out.print(f"[red]refused[/] ({safe(outcome.code)}): {safe(outcome.reason)}")
         if outcome.act:
-            out.print(f"nothing was changed; act {outcome.act}, step {outcome.step:,}")
+            out.print(f"  nothing was changed{ranks}; act {outcome.act} in the log, after step {outcome.step:,}")
+        if outcome.code in HINTS:
+            out.print(f"  try: {safe(HINTS[outcome.code].replace('RUN', run))}")
         return
     if outcome.state == "checked":
         out.print(f"would be applied{ranks} (checked at step {outcome.step:,}; nothing was changed)")

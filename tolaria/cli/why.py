@@ -13,7 +13,7 @@ from tolaria.telemetry.words import printable
 from tolaria.view.files import open_files
 from tolaria.view.lookout import View, look
 from tolaria.view.sections import headline
-from tolaria.view.why import NOTHING, TOPICS, Answer, Urgency, before, explain, unusual
+from tolaria.view.why import NOTHING, STYLE_OF, TOPICS, Answer, Urgency, before, explain, unusual
 
 EXAMPLES = """\
 Examples:
@@ -26,7 +26,6 @@ Examples:
 """
 LABEL = 14
 LIST_IDS = "tolaria logs {run} --kind command_applied,command_refused,act_applied,act_refused --json"
-STYLE_OF = {Urgency.BROKEN: "bad", Urgency.WAITING: "warn", Urgency.WORSE: "warn", Urgency.NOTE: ""}
 
 
 def why(

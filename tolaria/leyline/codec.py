@@ -4,7 +4,8 @@ Decoding trusts nothing: size, then structure (`tolaria.leyline.wire`), then par
 (`tolaria.leyline.checks`); the first fault rejects the whole message. Encoding applies the same checks to what
 it is given, so it never sends what its peer would refuse. Both directions raise only MessageRejected, whose
 ``code`` is one of "size", "parse", "unknown_field", "duplicate", "depth", "count", "version", "missing", "enum",
-"payload", "text", "type", "range", "not_finite". Numbers are 32-bit floats on the wire.
+"payload", "text", "type", "range", "not_finite". Numbers are 32-bit floats on the wire; only those of telemetry, which
+nothing steers by, are doubles and may be NaN.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tolaria.leyline.checks import (
     check_signal_values,
     check_state,
 )
+from tolaria.leyline.checks_telemetry import check_telemetry
 from tolaria.leyline.convert import (
     command_from_wire,
     command_to_wire,
@@ -32,9 +34,11 @@ from tolaria.leyline.convert import (
     state_to_wire,
 )
 from tolaria.leyline.convert_signal import signal_from_wire, signal_to_wire
+from tolaria.leyline.convert_telemetry import telemetry_from_wire, telemetry_to_wire
 from tolaria.leyline.generated import leyline_pb2 as pb
 from tolaria.leyline.generated import tolaria_pb2 as tolaria_pb
 from tolaria.leyline.types import Command, Decision, EmergencySignal, PolicyReply, PolicyRequest, SystemState
+from tolaria.leyline.types_telemetry import TelemetryPacket
 from tolaria.leyline.wire import check_wire
 
 _M = TypeVar("_M", bound=Message)
@@ -151,6 +155,19 @@ def decode_decision(raw: bytes) -> Decision:
     decision = decision_from_wire(_parse(raw, tolaria_pb.Decision, limits.MAX_DECISION_BYTES))
     check_decision(decision)
     return decision
+
+
+def encode_telemetry(packet: TelemetryPacket) -> bytes:
+    """A TelemetryPacket, at most MAX_TELEMETRY_BYTES."""
+    check_telemetry(packet)
+    return _serialize(telemetry_to_wire(packet), limits.MAX_TELEMETRY_BYTES)
+
+
+def decode_telemetry(raw: bytes) -> TelemetryPacket:
+    """A TelemetryPacket, checked."""
+    packet = telemetry_from_wire(_parse(raw, pb.TelemetryPacket, limits.MAX_TELEMETRY_BYTES))
+    check_telemetry(packet)
+    return packet
 
 
 def _check_request(request: PolicyRequest) -> None:

@@ -36,10 +36,9 @@ from tolaria.leyline.types import (
 _E = TypeVar("_E", bound=IntEnum)
 _NS = 1_000_000_000
 _SOURCES = {
-    "policy": tolaria_pb.DECISION_SOURCE_POLICY,
-    "fallback": tolaria_pb.DECISION_SOURCE_FALLBACK,
+    "policy": tolaria_pb.DECISION_SOURCE_POLICY, "fallback": tolaria_pb.DECISION_SOURCE_FALLBACK,
     "operator": tolaria_pb.DECISION_SOURCE_OPERATOR,
-}
+}  # fmt: skip
 _SOURCE_NAMES = {number: name for name, number in _SOURCES.items()}
 
 
@@ -160,7 +159,7 @@ def report_from_wire(report: pb.FieldReport) -> FieldReport:
         blueprint_id=report.blueprint_id,
         metrics=dict(report.metrics),
         observation_window_epochs=report.observation_window_epochs,
-        issued_at_ns=_nanoseconds("FieldReport.issued_at", report.issued_at),
+        issued_at_ns=nanoseconds("FieldReport.issued_at", report.issued_at),
         tamiyo_policy_version=report.tamiyo_policy_version,
         notes=report.notes,
     )
@@ -207,7 +206,7 @@ def command_from_wire(wire: pb.AdaptationCommand) -> Command:
         target_seed_id=wire.target_seed_id,
         payload=_payload_from_wire(wire),
         execution_deadline_ms=wire.execution_deadline_ms,
-        issued_at_ns=_nanoseconds("AdaptationCommand.issued_at", wire.issued_at),
+        issued_at_ns=nanoseconds("AdaptationCommand.issued_at", wire.issued_at),
         issued_by=wire.issued_by,
         annotations=dict(wire.annotations),
     )
@@ -294,7 +293,8 @@ def timestamp(time_ns: int) -> Timestamp | None:
     return Timestamp(seconds=time_ns // _NS, nanos=time_ns % _NS) if time_ns else None
 
 
-def _nanoseconds(where: str, time: Timestamp) -> int:
+def nanoseconds(where: str, time: Timestamp) -> int:
+    """A time of the wire in nanoseconds since 1970. Raises MessageRejected("range")."""
     if not (0 <= time.seconds <= MAX_TIME_NS // _NS and 0 <= time.nanos < _NS):
         raise MessageRejected("range", f"{where}: {time.seconds} s, {time.nanos} ns is no time after 1970")
     return time.seconds * _NS + time.nanos

@@ -22,6 +22,8 @@ MAX_ORDER_BYTES = 32 * 1024
 MAX_REPLY_BYTES = 60 * 1024
 MAX_DECISION_BYTES = 64_000
 MAX_REQUEST_BYTES = 1024 * 1024
+# Telemetry of a boundary of a thousand ranks, which tells each one's time.
+MAX_TELEMETRY_BYTES = 1024 * 1024
 
 MAX_DEPTH = 8
 # More than any message within the counts below has; bounds what parsing a small message can make of it.
@@ -34,8 +36,14 @@ MAX_TRAINING_METRICS = 256
 MAX_SEED_METRICS = 32
 MAX_PARAMETERS = 32
 MAX_ANNOTATIONS = 16
+MAX_METRIC_POINTS = 8192
+MAX_TELEMETRY_EVENTS = 64
+MAX_SPANS = 64
+MAX_ATTRIBUTES = 64
 
 MAX_STRING_CHARS = 128
+# Reasons and errors are told in full sentences.
+MAX_TELEMETRY_CHARS = 1024
 MAX_UINT32 = 2**32 - 1
 MAX_UINT64 = 2**64 - 1
 MAX_TIME_NS = 2**63 - 1
@@ -53,10 +61,10 @@ def is_name(value: str) -> bool:
     return _NAME.fullmatch(value) is not None
 
 
-def clip_text(text: str) -> str:
+def clip_text(text: str, *, most: int = MAX_STRING_CHARS) -> str:
     """``text`` made fit for a text field: unprintable characters become spaces, longer text ends in '...'."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return printable if len(printable) <= MAX_STRING_CHARS else printable[: MAX_STRING_CHARS - 3] + "..."
+    printable = text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    return printable if len(printable) <= most else printable[: most - 3] + "..."
 
 
 def clip_measurement(value: float) -> float:
@@ -90,11 +98,11 @@ def check_pattern(where: str, value: str) -> None:
         raise MessageRejected("text", f"{where}={_shown(value)}: expected a name or a shell pattern of at most 128")
 
 
-def check_text(where: str, value: str) -> None:
-    """Refuse text for people that is too long or could steer a terminal."""
+def check_text(where: str, value: str, *, most: int = MAX_STRING_CHARS) -> None:
+    """Refuse text for people that is longer than ``most`` or could steer a terminal."""
     _check_type(where, value, str)
-    if len(value) > MAX_STRING_CHARS or not value.isprintable():
-        raise MessageRejected("text", f"{where}={_shown(value)}: expected at most 128 printable characters")
+    if len(value) > most or not value.isprintable():
+        raise MessageRejected("text", f"{where}={_shown(value)}: expected at most {most} printable characters")
 
 
 def check_number(where: str, value: object, bound: float) -> None:

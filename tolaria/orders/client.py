@@ -22,9 +22,11 @@ from tolaria.leyline.framing import (
     request_header,
     seal,
 )
+from tolaria.leyline.limits import clip_text
 from tolaria.orders.desk import ADDRESS_NAME, KEY_NAME
 from tolaria.orders.words import Order, Outcome, decode_outcome, encode_order
 from tolaria.tamiyo.endpoint import parse_endpoint
+from tolaria.tamiyo.socketdir import is_abandoned
 from tolaria.tamiyo.transport import DealerTransport
 
 TRY_S, RESEND_S = 15.0, 1.0
@@ -49,12 +51,19 @@ class RunClient:
         try:
             address = json.loads((folder / ADDRESS_NAME).read_bytes())
             endpoint, run_id, generation = (str(address[key]) for key in ("endpoint", "run_id", "generation"))
+            host = str(address["host"])
         except FileNotFoundError as error:
             raise RunUnreachable(f"{folder}: no run there takes orders; is it running, and on this machine?") from error
         except PermissionError as error:
             raise ConfigError(f"{folder / ADDRESS_NAME}: may not be read; orders are for the run's owner") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunUnreachable(f"{folder / ADDRESS_NAME}: cannot be understood ({error!r})") from error
+        if is_abandoned(Path(endpoint.removeprefix("ipc://")).parent):
+            here = host == os.uname().nodename
+            raise RunUnreachable(
+                f"{folder}: the run was killed and is not started again yet" if here else
+                f"{folder}: orders to this run are taken on {host}, or it was killed there"
+            )  # fmt: skip
         keys = load_key_file(Path(key_file) if key_file is not None else folder / KEY_NAME)
         return cls(endpoint, run_id=run_id, generation=generation, keys=keys)
 
@@ -97,4 +106,8 @@ class RunClient:
 
 def operator_name() -> str:
     """Who gives orders from here, for the log: user and machine."""
-    return f"{getpass.getuser()}@{os.uname().nodename}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        user = str(os.getuid())
+    return clip_text(f"{user}@{os.uname().nodename}")

@@ -13,14 +13,15 @@ import socket as sockets
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import zmq
 
-from tolaria.errors import MessageRejected, RunDirError
+from tolaria.errors import ConfigError, MessageRejected, RunDirError
 from tolaria.leyline.framing import (
     FrameHeader,
     FrameKind,
@@ -43,6 +44,7 @@ KEY_NAME = "operator.key"
 ADDRESS_NAME = "operator.json"
 MAX_WAITING = 64
 MAX_REMEMBERED = 256
+MAX_REASON = 2000
 WAKE_S = 0.1
 LINGER_S, CLOSE_S = 1.0, 5.0
 """For the answer to who asked the run to stop, on a busy machine."""
@@ -66,8 +68,9 @@ class _Known:
 class OrderDesk:
     """Rank 0's desk. Made, used and closed by the training thread; `serve` runs in a thread of its own.
 
-    ``done_before``: ids of orders of earlier starts, which are not carried out again. ``hello``: where the run is, from
-    numbers that any thread may read.
+    ``done_before``: ids of all orders that were ever carried out, also of those to come; none is carried out again.
+    ``hello``: where the run is, from numbers that any thread may read. ``key_file``: looked at again whenever it has
+    changed, so that keys are replaced and revoked while the run lives.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ class OrderDesk:
         generation: str,
         keys: KeyRing,
         *,
-        done_before: Iterable[str],
+        done_before: Container[str],
         hello: Callable[[], Mapping[str, Any]],
+        key_file: Path | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.rejected: Counter[str] = Counter()
@@ -86,7 +90,9 @@ class OrderDesk:
         self._run_id = run_id
         self._generation = generation
         self._keys = keys
-        self._before = set(done_before)
+        self._key_file = key_file
+        self._key_file_seen = _signature(key_file)
+        self._before = done_before
         self._hello = hello
         self._wall_ns = wall_ns
         self._lock = threading.Lock()
@@ -139,11 +145,17 @@ class OrderDesk:
 
     def close(self) -> None:
         """Send what is left, end the thread, remove socket and address. Safe to call twice."""
-        self._closing = True
+        with self._lock:
+            self._closing = True
+            while self._queue:
+                order = self._queue.popleft().order
+                known = self._known[order.order_id]
+                known.outcome = _refused(order, "ended", "the run ended before it came to this order")
+                self._post(known)
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
         if self._folder is not None:
-            (self._run / ADDRESS_NAME).unlink(missing_ok=True)
+            self._remove_address()
             self._folder.close()
             self._folder = None
 
@@ -152,6 +164,7 @@ class OrderDesk:
         try:
             if raw is None:
                 raise MessageRejected("multipart", "a message of several parts")
+            self._look_at_key_file()
             frame = open_frame(raw, self._keys, FrameKind.ORDER)
             if frame.header.run_id != run_id_bytes(self._run_id):
                 raise MessageRejected("run", "an order to another run")
@@ -163,6 +176,24 @@ class OrderDesk:
             return
         with self._lock:
             self._take_in(order, _Known(frame.header, sender), raw)
+
+    def _look_at_key_file(self) -> None:
+        seen = _signature(self._key_file)
+        if self._key_file is None or seen is None or seen == self._key_file_seen:
+            return
+        self._key_file_seen = seen
+        try:
+            self._keys = load_key_file(self._key_file)
+        except ConfigError as error:
+            warn(f"tolaria: {error}; orders are judged by the keys from before")
+
+    def _remove_address(self) -> None:
+        """Unless another start has written its own since."""
+        path = self._run / ADDRESS_NAME
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            address = json.loads(path.read_bytes())
+            if (address["generation"], address["pid"]) == (self._generation, os.getpid()):
+                path.unlink()
 
     def _take_in(self, order: Order, fresh: _Known, raw: bytes) -> None:
         known = self._known.get(order.order_id)
@@ -178,7 +209,9 @@ class OrderDesk:
                 order_id=order.order_id, state="applied", details={**self._hello(), "waiting": len(self._queue)}
             )
         elif order.order_id in self._before:
-            fresh.outcome = _refused(order, "done_before", "an order of this id was carried out by an earlier start")
+            fresh.outcome = _refused(order, "done_before", "an order of this id was carried out before")
+        elif self._closing:
+            fresh.outcome = _refused(order, "ended", "the run is ending")
         elif len(self._queue) >= MAX_WAITING:
             fresh.outcome = _refused(order, "busy", f"{MAX_WAITING} orders are waiting already")
         if fresh.outcome is not None:
@@ -190,7 +223,12 @@ class OrderDesk:
 
     def _post(self, known: _Known) -> None:
         assert known.outcome is not None  # noqa: S101 - both callers have just seen it
-        payload = encode_outcome(known.outcome)
+        try:
+            payload = encode_outcome(known.outcome)
+        except (MessageRejected, ValueError, TypeError):
+            # Training does not end because what it has to say is too long: compilers write whole pages.
+            short = known.outcome.reason[:MAX_REASON]
+            payload = encode_outcome(replace(known.outcome, reason=short, details={}))
         frame = seal(outcome_header(known.header, wall_ns=self._wall_ns()), payload, self._keys)
         self._outbox.append((known.sender, frame))
 
@@ -212,7 +250,7 @@ class OrderDesk:
 
 
 def open_desk(
-    run: Path, run_id: str, generation: str, *, done_before: Iterable[str], hello: Callable[[], Mapping[str, Any]]
+    run: Path, run_id: str, generation: str, *, done_before: Container[str], hello: Callable[[], Mapping[str, Any]]
 ) -> OrderDesk:  # fmt: skip
     """The desk of a run that takes orders from now on; its key is made at the run's first start.
 
@@ -224,13 +262,24 @@ def open_desk(
             _write_private(key_file, new_key_file_text())
     except OSError as error:
         raise RunDirError(f"{key_file}: cannot be written ({error.strerror})") from error
-    desk = OrderDesk(run, run_id, generation, load_key_file(key_file), done_before=done_before, hello=hello)
+    desk = OrderDesk(
+        run, run_id, generation, load_key_file(key_file), done_before=done_before, hello=hello, key_file=key_file
+    )  # fmt: skip
     desk.open()
     return desk
 
 
 def _refused(order: Order, code: str, reason: str) -> Outcome:
     return Outcome(order_id=order.order_id, state="refused", code=code, reason=reason)
+
+
+def _signature(path: Path | None) -> tuple[int, int, int] | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        status = os.stat(path) if path is not None else None
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_ino, status.st_size) if status is not None else None
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -81,7 +81,7 @@ def decode_order(raw: bytes) -> Order:
             reason=_typed(body, "reason", str), arguments=_typed(body, "arguments", dict),
             dry_run=_typed(body, "dry_run", bool),
         )  # fmt: skip
-    except ValueError as error:
+    except ValueError as error:  # of bytes.fromhex
         raise MessageRejected("type", f"order.command: {error}") from error
     _check(order)
     return order
@@ -144,13 +144,17 @@ def _encode(body: Mapping[str, Any]) -> bytes:
     return raw
 
 
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON")
+
+
 def _decode(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise MessageRejected("parse", f"not JSON ({type(error).__name__})") from error
     if not isinstance(body, dict):
         raise MessageRejected("parse", "expected a JSON object")
-    if body.get("version") != VERSION:
+    if type(body.get("version")) is not int or body["version"] != VERSION:
         raise MessageRejected("version", f"version {body.get('version')!r:.20}, only {VERSION} is understood")
     return body

@@ -142,7 +142,7 @@ class Arena:
     def __init__(self, capacity: int, path: Path | None, about: Mapping[str, Any], *, pinned: bool) -> None:
         self.capacity = -(-capacity // PAGE_BYTES) * PAGE_BYTES
         self.path = path
-        self._about = json.dumps(about).encode()[: PAGE_BYTES - _ABOUT_AT]
+        self._about = dict(about)
         if path is None:
             self.memory = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         else:
@@ -157,13 +157,14 @@ class Arena:
         """Write JSON and header behind tensors that are there already; still not valid."""
         start = PAGE_BYTES + header.tensor_bytes
         self.memory[start : start + len(document)] = document
+        about = json.dumps({**self._about, **header.about}).encode()[: PAGE_BYTES - _ABOUT_AT]
         fields = _FIELDS.pack(
             header.seq, header.step, header.branch, header.tensor_bytes, header.json_bytes, header.digest,
-            header.json_sha256, len(self._about),
+            header.json_sha256, len(about),
         )  # fmt: skip
-        self.memory[_ABOUT_AT : _ABOUT_AT + len(self._about)] = self._about
+        self.memory[_ABOUT_AT : _ABOUT_AT + len(about)] = about
         self.memory[_FIELDS_AT:_CHECKSUM_AT] = fields
-        self.memory[_CHECKSUM_AT : _CHECKSUM_AT + 4] = struct.pack("<I", zlib.crc32(fields + self._about))
+        self.memory[_CHECKSUM_AT : _CHECKSUM_AT + 4] = struct.pack("<I", zlib.crc32(fields + about))
         self.memory[:8] = _MAGIC
 
     def validate(self) -> None:

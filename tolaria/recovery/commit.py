@@ -128,7 +128,7 @@ class Committer:
             world_size=self._peers.world_size, num_tensors=len(staged.replicated), state_digest=digest.hex(),
             files=files, versions=_versions(),
         )  # fmt: skip
-        path = self._publish(tmp, document)
+        path = self._publish(tmp, document, staged.acts)
         cleanup_error = None
         if self._peers.rank == 0:
             cleanup_error = retain(self._root, self._fs, keep=self._keep, newest=seq, retention=retention)
@@ -216,7 +216,7 @@ class Committer:
         self._fs.write_new(path, verified(), shard.size)
         return _Written(shard.size, whole.digest())
 
-    def _publish(self, tmp: Path, document: layout.Manifest) -> Path:
+    def _publish(self, tmp: Path, document: layout.Manifest, acts: int) -> Path:
         final = self._root / layout.checkpoint_name(document.seq, document.step)
         raw = document.to_bytes()
         code = _OK
@@ -236,14 +236,14 @@ class Committer:
             except RunDirError:
                 code = _OWNER_UNKNOWN
         self._require(self._peers.gather([code])[0], "committing a checkpoint", tmp)
-        self._log(document, raw)
+        self._log(document, raw, acts)
         return final
 
-    def _log(self, document: layout.Manifest, raw: bytes) -> None:
+    def _log(self, document: layout.Manifest, raw: bytes, acts: int) -> None:
         code, failure = _OK, ""
         if self._wal is not None:
             body = {
-                "seq": document.seq, "step": document.step, "branch": document.branch,
+                "seq": document.seq, "step": document.step, "branch": document.branch, "acts": acts,
                 "manifest_sha256": hashlib.sha256(raw).hexdigest(),
             }  # fmt: skip
             try:

@@ -28,8 +28,9 @@ class Journal:
         self._timeline = timeline
         self._good_after = good_after
         self.void: set[int] = set()
+        self.restarted = False
         for seq, known in sorted(timeline.checkpoints.items()):
-            self.committed(seq, known.step, known.branch, good=seq in timeline.good)
+            self.committed(seq, known.step, known.branch, known.acts, good=seq in timeline.good)
 
     @property
     def returns(self) -> list[Return]:
@@ -79,7 +80,7 @@ class Journal:
 
     def applied_before(self, command_id: str) -> bool:
         """Whether a command of this id has taken effect on the present course of the run."""
-        return command_id in self._timeline.applied
+        return command_id in self._timeline.applied or command_id in self._timeline.applied_by_act
 
     def decided(self, decision: Decision) -> None:
         """Write a decision down, before any rank hears of it."""
@@ -108,7 +109,7 @@ class Journal:
     def act(self, number: int, step: int, body: Mapping[str, Any]) -> None:
         """Write an act down, before any rank hears of it. ``body`` has at least "order_id"."""
         self._append(WalKind.ACT, {**body, "act": number, "step": step})
-        self._timeline.orders.add(str(body["order_id"]))
+        self._timeline.act(LoggedAct(number=number, step=step, body={"order_id": body["order_id"]}))
 
     def acted(
         self, number: int, boundary: int, applied: Iterable[str], refused: Mapping[str, str], digest: str
@@ -117,23 +118,29 @@ class Journal:
         names = list(applied)
         body = {"act": number, "boundary": boundary, "applied": names, "refused": dict(refused), "digest": digest}
         self._append(WalKind.ACTED, body)
-        self._timeline.applied.update(dict.fromkeys(names, boundary))
+        self._timeline.acted(number, names, refused)
+
+    def seen(self, acts: int, boundary: int) -> None:
+        """A start goes on from a state that has seen so many acts: what a crash kept from being said of them."""
+        if self.wal is not None:
+            for act in [act for act in self._timeline.acts.values() if act.number <= acts and not act.ended]:
+                self.acted(act.number, boundary, [str((act.body or {})["order_id"])], {}, "")
 
     # Checkpoints
 
-    def committed(self, seq: int, step: int, branch: int, *, good: bool = False) -> None:
+    def committed(self, seq: int, step: int, branch: int, acts: int = 0, *, good: bool = False) -> None:
         """A checkpoint is durable; the one who wrote it has logged it. It may be void already, by a return since."""
-        if on_timeline(self.returns, branch, step):
-            self.ladder.add(seq, step, branch, good=good or self._good_after == 0)
+        if on_timeline(self.returns, branch, step, acts):
+            self.ladder.add(seq, step, branch, acts, good=good or self._good_after == 0)
         else:
             self.void.add(seq)
 
-    def adopt(self, seq: int, step: int, branch: int, manifest_sha256: str) -> None:
+    def adopt(self, seq: int, step: int, branch: int, manifest_sha256: str, acts: int = 0) -> None:
         """A checkpoint whose commit the log does not have, because the run died right after it, is one like others."""
         if seq not in self.ladder.rungs:
-            body = {"seq": seq, "step": step, "branch": branch, "manifest_sha256": manifest_sha256}
+            body = {"seq": seq, "step": step, "branch": branch, "acts": acts, "manifest_sha256": manifest_sha256}
             self._append(WalKind.CHECKPOINT, body)
-            self.committed(seq, step, branch)
+            self.committed(seq, step, branch, acts)
 
     def healthy_boundary(self) -> list[Rung]:
         """One more boundary without an incident; the checkpoints that are good from now on."""
@@ -161,7 +168,7 @@ class Journal:
         self._append(WalKind.VOID, taken.to_json())
         self._timeline.went_back(taken)
         self.ladder.sick()
-        self.void |= self.ladder.take_off(lambda branch, step: not on_timeline(self.returns, branch, step))
+        self.void |= self.ladder.take_off(lambda rung: not on_timeline(self.returns, rung.branch, rung.step, rung.acts))
 
     def refuses_return(self, command: RollbackCommand, boundary: int, rest: int) -> tuple[str, str] | None:
         """Why the policy can not have this return: (code, reason), None if it can. ``rest``: boundaries between two."""

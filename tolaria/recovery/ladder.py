@@ -11,6 +11,7 @@ class Rung:
     seq: int
     step: int
     branch: int
+    acts: int = 0
     healthy: int = 0
     good: bool = False
 
@@ -25,9 +26,9 @@ class Ladder:
         self._good_after = good_after
         self.rungs: dict[int, Rung] = {}
 
-    def add(self, seq: int, step: int, branch: int, *, good: bool = False) -> None:
+    def add(self, seq: int, step: int, branch: int, acts: int = 0, *, good: bool = False) -> None:
         """A checkpoint was committed."""
-        self.rungs[seq] = Rung(seq, step, branch, good=good)
+        self.rungs[seq] = Rung(seq, step, branch, acts, good=good)
 
     def healthy_boundary(self) -> list[int]:
         """A boundary passed without an incident; the checkpoints that became good by it."""
@@ -46,9 +47,9 @@ class Ladder:
         for rung in self.rungs.values():
             rung.healthy = 0
 
-    def take_off(self, void: Callable[[int, int], bool]) -> set[int]:
-        """Take off every checkpoint of which ``void(branch, step)`` is true; their numbers."""
-        gone = {seq for seq, rung in self.rungs.items() if void(rung.branch, rung.step)}
+    def take_off(self, void: Callable[[Rung], bool]) -> set[int]:
+        """Take off every checkpoint of which ``void`` is true; their numbers."""
+        gone = {seq for seq, rung in self.rungs.items() if void(rung)}
         self.rungs = {seq: rung for seq, rung in self.rungs.items() if seq not in gone}
         return gone
 

@@ -38,7 +38,12 @@ def find(run_id: str, rank: int, directory: Path) -> list[Found]:
         header = _header(path) if owner_rank == rank else None
         if header is not None and header.valid and header.about.get("run") == run_id:
             info = SnapshotInfo(
-                seq=header.seq, step=header.step, branch=header.branch, generation=generation, digest=header.digest
+                seq=header.seq,
+                step=header.step,
+                branch=header.branch,
+                generation=generation,
+                digest=header.digest,
+                acts=int(header.about.get("acts", 0)),
             )
             found.append(Found(info, path))
     return found

@@ -27,13 +27,14 @@ SPARE_BYTES = 256 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotInfo:
-    """Which state a snapshot is. ``digest``: of the replicated part, equal on equal ranks."""
+    """Which state a snapshot is. ``digest``: of the replicated part, equal on equal ranks; ``acts``: it has seen."""
 
     seq: int
     step: int
     branch: int
     generation: str
     digest: bytes
+    acts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +124,18 @@ class SnapshotRing:
         slot.tensor_bytes = tensor_bytes
         self._seq += 1
         slot.info = SnapshotInfo(
-            seq=self._seq, step=payload.step, branch=payload.branch, generation=self.generation, digest=digest
+            seq=self._seq,
+            step=payload.step,
+            branch=payload.branch,
+            generation=self.generation,
+            digest=digest,
+            acts=payload.acts,
         )
         slot.arena.write(
             Header(
                 seq=self._seq, step=payload.step, branch=payload.branch, tensor_bytes=tensor_bytes,
-                json_bytes=len(slot.document), digest=digest, json_sha256=json_sha256(slot.document), about={},
+                json_bytes=len(slot.document), digest=digest, json_sha256=json_sha256(slot.document),
+                about={"acts": payload.acts},
                 valid=False,
             ),
             slot.document,

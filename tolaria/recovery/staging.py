@@ -24,7 +24,8 @@ class Payload:
     step: optimizer steps done. tensors, meta: equal on every rank (parameters, buffers, optimizer state; JSON).
     local_tensors, local_meta: this rank's own (random generators; loader position). Tensors may be on any device.
     Metadata is dicts with string keys, lists, strings, numbers, booleans and None; a tuple comes back as a list.
-    branch: how many returns the run had made when it was at this step (recovery/timeline.py).
+    branch: how many returns the run had made when it was at this step; acts: how many acts of an operator it had seen
+    (recovery/timeline.py).
     """
 
     step: int
@@ -33,6 +34,7 @@ class Payload:
     local_tensors: Mapping[str, Tensor]
     local_meta: Mapping[str, Any]
     branch: int = 0
+    acts: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Staged:
     meta: bytes
     local_meta: bytes
     branch: int = 0
+    acts: int = 0
 
 
 class HostBuffers:
@@ -73,6 +76,7 @@ class HostBuffers:
             meta=meta,
             local_meta=local_meta,
             branch=payload.branch,
+            acts=payload.acts,
         )
 
     def release(self) -> None:

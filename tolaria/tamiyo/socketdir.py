@@ -86,6 +86,18 @@ def remove_stale(base: Path) -> list[Path]:
     return removed
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether there is no such directory here, or its owner is dead. Never raises; not for the owner's own use."""
+    if path.name.startswith(f"{PREFIX}{os.getpid()}-"):
+        return False  # taking the lock and giving it back would drop our own
+    try:
+        return _owner_is_dead(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
 def _candidates(base: Path) -> Iterator[Path]:
     # Taking and dropping a lock on a file drops all of this process's locks on it, so our own are never touched.
     own = f"{PREFIX}{os.getpid()}-"

@@ -2,24 +2,36 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from tolaria.telemetry.lines import LineFile, read_lines
 
 Level: TypeAlias = Literal["info", "warning", "error", "critical"]
 
 RESERVED = frozenset({"kind", "level", "run_id", "rank", "mono_ns", "wall_ns"})
-"""Names that every event carries itself; `step` too, but an event about another step may say so."""
+"""Names that every event carries itself; step and branch too, but an event about another step may say so."""
+
+
+class Listener(Protocol):
+    """Who is handed what goes into the files as well, in the thread that writes it: must be quick and never raise."""
+
+    def __call__(
+        self, kind: str, level: Level, fields: Mapping[str, Any], *, rank: int, step: int, branch: int, wall_ns: int
+    ) -> None:
+        """Take one record; ``fields`` are its own."""
+        ...
 
 
 class EventLog:
     """The typed events of one rank; the ranks of one machine share the file.
 
-    Every line has kind, level, run_id, rank, step, mono_ns (monotonic, for intervals within one boot) and wall_ns
-    (Unix time), then the event's own fields. ``step`` is set by the training loop. Local, safe to use from several
+    Every line has kind, level, run_id, rank, step, branch, mono_ns (monotonic, for intervals within one boot) and
+    wall_ns (Unix time), then the event's own fields. ``step`` is set by the training loop. ``branch``, by whoever goes
+    back to an earlier state: 0, and higher after each return, so that a step that comes again can be told from its
+    first time. ``listener`` is handed every event before it is written. Local, safe to use from several
     threads; a slow disk holds it up for some milliseconds at most. When events were lost, the next one that can be
     written is preceded by an ``events_lost`` event with their number.
     """
@@ -39,6 +51,8 @@ class EventLog:
         self.run_id = run_id
         self.step = 0
         self._marks: dict[str, object] = {}
+        self.branch = 0
+        self.listener: Listener | None = None
         self._mono_ns = mono_ns
         self._wall_ns = wall_ns
         self._file = LineFile(path, write=write, notice=self._lost)
@@ -74,15 +88,21 @@ class EventLog:
         clash = RESERVED.intersection(fields)
         if clash:
             raise ValueError(f"event {kind!r}: field names {sorted(clash)} are reserved; choose others")
-        self._file.append(self._record(kind, level, fields), wait=wait)
+        record = self._record(kind, level, fields)
+        if self.listener is not None:
+            self.listener(
+                kind, level, fields, rank=self.rank, step=record["step"], branch=record["branch"],
+                wall_ns=record["wall_ns"],
+            )  # fmt: skip
+        self._file.append(record, wait=wait)
 
     def _lost(self, count: int) -> dict[str, object]:
         return self._record("events_lost", "warning", {"count": count})
 
-    def _record(self, kind: str, level: Level, fields: dict[str, object]) -> dict[str, object]:
+    def _record(self, kind: str, level: Level, fields: dict[str, object]) -> dict[str, Any]:
         return {
             "kind": kind, "level": level, "run_id": self.run_id, "rank": self.rank, "step": self.step,
-            "mono_ns": self._mono_ns(), "wall_ns": self._wall_ns(), **self._marks, **fields,
+            "branch": self.branch, "mono_ns": self._mono_ns(), "wall_ns": self._wall_ns(), **self._marks, **fields,
         }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ rollback     going back to an earlier state
 replayed     everything at steps that had been reached before: after a return, or after a restart
 restart      from the last sign of life of the start before to the first step of this one
 paused       standing still because somebody asked for it
-rehearsal    trying something out, and coming back from it
+rehearsal    everything while something is tried out, and coming back from it
 start-up     from the beginning of the process to the first step
 
 Categories nest: what is inside another one is its own, and the outer one goes on behind it. Every switch reads the
@@ -77,7 +77,7 @@ class Ledger:
         self._former["restart"] += gap_s
         self._restarted = former is not None
         self.furthest = furthest
-        self._opening, self._again, self._done = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(3))
+        self._opening, self._again, self._done, self._tried = (dict.fromkeys(CATEGORIES, 0.0) for _ in range(4))
         self._book = self._opening
         self.category: Category = "start-up"
         self._held: Category | None = None
@@ -86,6 +86,7 @@ class Ledger:
         contexts: dict[Phase, AbstractContextManager[None]] = {
             phase: inside[OF_PHASE[phase]] if phase in OF_PHASE else _NOTHING for phase in get_args(Phase)
         }
+        contexts["rehearsal"] = _Trial(self)
         # The bare method of a dict: a step asks nine times, and most of its phases are compute.
         self.phases: Phases = contexts.__getitem__
 
@@ -142,6 +143,8 @@ class Ledger:
         category = self.category
         if self._book is self._opening and self._restarted:
             return "restart"
+        if self._book is self._tried:
+            return "rehearsal"
         return "replayed" if self._book is self._again and category in AGAIN else category
 
     def own(self, category: Category) -> float:
@@ -153,12 +156,13 @@ class Ledger:
         # Another thread may be asked in the middle of a switch: then the time up to it is counted a moment later.
         book, category, since = self._book, self.category, self._since
         running = max(0.0, self._clock() - since)
-        opening, again, done = (
+        opening, again, done, tried = (
             {**part, category: part[category] + (running if part is book else 0.0)}
-            for part in (self._opening, self._again, self._done)
+            for part in (self._opening, self._again, self._done, self._tried)
         )
         found: dict[str, float] = {c: self._former[c] + done[c] + (0.0 if c in AGAIN else again[c]) for c in CATEGORIES}
         found["replayed"] += sum(again[c] for c in AGAIN)
+        found["rehearsal"] += sum(tried.values())
         if self._restarted:
             found["restart"] += sum(opening.values())
         else:
@@ -201,6 +205,23 @@ class _Inside:
         ledger._book[ledger.category] += now - ledger._since
         ledger.category = ledger._stack.pop()
         ledger._since = now
+
+
+class _Trial:
+    """Everything inside is of a rehearsal, whatever the phase; not to be entered inside itself."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._former = ledger._book
+
+    def __enter__(self) -> None:
+        self._former = self._ledger._book
+        self._ledger._rebook(self._ledger._tried)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ledger._rebook(self._former)
 
 
 class _Both:

@@ -4,12 +4,12 @@ A return to an earlier state, or a start from one, takes the measurements behind
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from tolaria.view.tail import Tail
-from tolaria.view.values import numbers, real, text, whole
+from tolaria.view.values import items, mapping, numbers, real, text, whole
 
 Event: TypeAlias = Mapping[str, Any]
 
@@ -211,6 +211,16 @@ _MEANINGS: Mapping[str, Callable[[Course, Event], None]] = {
 """What an event of rank 0 means for the course, by kind."""
 
 
+SECONDARY = frozenset({"PeerLost"})
+"""What ranks say when another one is the cause."""
+
+
+def root_cause(failures: Sequence[Event]) -> Event | None:
+    """The failure that the others follow from: the first that does not speak of another rank."""
+    own = [event for event in failures if event.get("error") not in SECONDARY]
+    return next(iter(own or failures), None)
+
+
 class CourseReader:
     """A run's course, brought up to date by reading on in its events."""
 
@@ -226,14 +236,12 @@ class CourseReader:
 
 
 def _boundary(event: Event) -> Boundary:
-    latency = event.get("latency_ms")
-    seeds = event.get("seeds")
     return Boundary(
         step=whole(event.get("step")), boundary=whole(event.get("boundary")), epoch=whole(event.get("epoch")),
         train_loss=real(event.get("train_loss")), val_loss=real(event.get("val_loss")),
         val_accuracy=real(event.get("val_accuracy")), val_noise=real(event.get("val_noise")),
         mode=text(event.get("mode")), wall_ns=whole(event.get("wall_ns")),
-        latency_ms=numbers(latency),
-        seeds={text(slot): text(stage) for slot, stage in seeds.items()} if isinstance(seeds, dict) else {},
-        own_ms=tuple(ms or 0.0 for ms in map(real, event.get("own_ms") or ())),
+        latency_ms=numbers(event.get("latency_ms")),
+        seeds={slot: text(stage) for slot, stage in mapping(event.get("seeds")).items()},
+        own_ms=tuple(real(ms) or 0.0 for ms in items(event.get("own_ms"))),
     )  # fmt: skip

@@ -19,6 +19,9 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 MARK = "o"
 LABEL = 7
+SPIKE = 10.0
+"""A value of so many times the median around it is always drawn."""
+
 LOG_FROM = 30.0
 """Values that span more than this factor are drawn on a logarithmic scale."""
 
@@ -97,6 +100,7 @@ def _value_at(scale: Scale, row: int, rows: int) -> str:
 def _below(first: float, last: float, label: str, width: int) -> str:
     left, right = f"{' ' * (LABEL + 2)}{first:,.0f}", f"{last:,.0f}"
     room = width - len(left) - len(right)
+    label = label if len(label) + 2 <= room else label.partition(",")[0]
     return f"{left}{label:^{max(0, room)}}{right}" if len(label) + 2 <= room else f"{left}{' ' * max(1, room)}{right}"
 
 
@@ -137,13 +141,19 @@ def _connected(points: Points, columns: int, rows: int) -> list[tuple[int, int]]
 
 
 def thinned(points: Points, most: int) -> Points:
-    """At most about ``most`` points: of every stretch its lowest and its highest, so that no spike is lost."""
+    """At most about ``most`` points: the median of every stretch, and its highest where that is a spike.
+
+    A loss of thousands of steps drawn as it is would be a cloud; its course is what is looked for.
+    """
     if len(points) <= most:
         return points
-    size = math.ceil(len(points) / (most / 2))
+    size = math.ceil(len(points) / most)
     kept: list[tuple[float, float]] = []
     for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
+        stretch = sorted(points[start : start + size], key=lambda point: point[1])
+        middle, highest = stretch[len(stretch) // 2], stretch[-1]
+        found = {(points[start][0], middle[1])}
+        if highest[1] > SPIKE * max(middle[1], 0.0):
+            found.add(highest)
+        kept += sorted(found)
     return kept

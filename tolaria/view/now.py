@@ -9,10 +9,10 @@ the page        what every rank of this machine is doing
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tolaria.view.course import Asked, Checkpoint, Course
+from tolaria.view.course import Asked, Checkpoint, Course, root_cause
 from tolaria.view.files import RunFiles
 from tolaria.view.ranks import Seen
 from tolaria.view.standing import GOING, State, state_of
@@ -167,10 +167,12 @@ def _told_ns(course: Course, steps: list[StepPoint], told: Mapping[str, Any]) ->
 
 def _reason(state: State, course: Course, told: Mapping[str, Any]) -> str:
     """Why it is in this state, in the words of the event that brought it there."""
-    kind = {"failed": "run_failed", "unstable": "gave_up", "halted": "halted"}.get(state, "")
+    kind = {"unstable": "gave_up", "halted": "halted"}.get(state, "")
     if state == "paused" and course.paused is not None:
         who, why = text(course.paused.get("who")), text(course.paused.get("why")) or text(course.paused.get("reason"))
         return f"by {who}" * bool(who) + ", " * bool(who and why) + why
+    if state == "failed" and (cause := root_cause(course.of_kind("run_failed", this_start=True))) is not None:
+        return f"{text(cause.get('error'))}: {text(cause.get('reason'))}"
     if kind in course.last:
         return text(course.last[kind].get("reason"))
     return text(told.get("reason"))
@@ -266,7 +268,11 @@ def _checkpoints(files: RunFiles, told: Mapping[str, Any], course: Course) -> tu
         for row in rows(told.get("checkpoints"))
     ] or list(course.checkpoints.values())
     try:
-        there = {path.name for path in (files.path / "ckpt").iterdir()}
+        # By number: c7 for c7-s154. One that was found damaged has another name.
+        there = {
+            path.name.partition("-")[0]: path.name for path in (files.path / "ckpt").iterdir() if path.suffix == ""
+        }
     except OSError:
         return tuple(found)  # told is better than nothing
-    return tuple(sorted((saved for saved in found if saved.name in there), key=lambda saved: saved.step))
+    kept = [replace(saved, name=there[number]) for saved in found if (number := saved.name.partition("-")[0]) in there]
+    return tuple(sorted(kept, key=lambda saved: saved.step))

@@ -27,6 +27,9 @@ STATE_STYLES = {
 }
 """What is not in here is bad: halted, unstable, failed, killed."""
 
+MAX_REASON = 50
+"""Characters of a reason that stands beside the state; a longer one has a line of its own."""
+
 SHARES = "█▓▒░"
 PLAIN_SHARES = "#=-."
 
@@ -52,9 +55,9 @@ def milliseconds(value: float | None) -> str:
 
 
 def headline(now: Now) -> str:
-    """Name and state, with what it is doing or why it is in this state."""
+    """Name and state, with what it is doing, or in short why it is in this state."""
     more = now.activity if now.state == "running" else now.reason
-    return f"{now.name}  {now.state}" + (f" ({more})" if more else "")
+    return f"{now.name}  {now.state}" + (f" ({more})" if 0 < len(more) <= MAX_REASON else "")
 
 
 def all_sections(view: View, *, commands: int = 5, ranks: int = 8, plain: bool = False) -> list[Section]:
@@ -79,6 +82,8 @@ def head_lines(now: Now) -> list[Line]:
     process = f"process {now.pid} on {now.host}" if now.alive and now.pid and now.host else now.host
     where = ", ".join(part for part in (ranks, process) if part)
     lines = [("run", short_path(now.path), "")]
+    if len(now.reason) > MAX_REASON:
+        lines.append(("because", now.reason, state_style(now.state)))
     if where:
         lines.append(("where", where, ""))
     lines.append(("progress", progress(now), ""))
@@ -101,10 +106,11 @@ def times(now: Now) -> str:
     began = datetime.fromtimestamp(now.started_ns / 1e9).astimezone()
     text = f"started {began:%Y-%m-%d %H:%M:%S}"
     ran = now.seconds if now.seconds is not None else (now.told_ns - now.started_ns) / 1e9
-    quiet = max(0.0, (now.wall_ns - now.told_ns) / 1e9)
+    quiet = duration(max(0.0, (now.wall_ns - now.told_ns) / 1e9))
     if now.alive:
-        return f"{text}, {duration((now.wall_ns - now.started_ns) / 1e9)} ago; last word {duration(quiet)} ago"
-    return f"{text}, ran {duration(max(0.0, ran))}; last word {duration(quiet)} ago"
+        return f"{text}, {duration((now.wall_ns - now.started_ns) / 1e9)} ago; last word {quiet} ago"
+    ended = "last word" if now.state in ("killed", "unknown") else "ended"
+    return f"{text}, ran {duration(max(0.0, ran))}, {ended} {quiet} ago"
 
 
 def training_lines(now: Now) -> list[Line]:

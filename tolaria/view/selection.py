@@ -12,7 +12,7 @@ ALIKE = frozenset({
     "act_applied", "act_refused", "boundary", "changes_accepted", "checkpoint_good", "checkpoint_skipped",
     "compile_fallback", "drift_traced", "emergency", "gave_up", "halt_cleared", "halted", "incident", "paused",
     "rehearsed", "resumed", "run_ended", "run_started", "seed_gradient_not_finite", "seed_judged", "seed_moved",
-    "signal_failed",    "step_skipped", "stop_requested", "straggler", "went_back",
+    "signal_failed", "step_skipped", "stop_requested", "straggler", "went_back",
 })  # fmt: skip
 """Kinds that every rank tells alike, as all do the same: one line of rank 0 says it for all."""
 

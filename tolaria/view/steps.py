@@ -30,10 +30,11 @@ class StepsReader:
         """The points up to now, by step."""
         for record in self._tail.new():
             if "step" in record:
-                self._take(record)
+                self.take(record)
         return self.points
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def take(self, record: dict[str, Any]) -> None:
+        """One more line."""
         step = whole(record["step"])
         while self.points and self.points[-1].step >= step:
             self.points.pop()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from tolaria.telemetry.words import counted, duration, number, percent
 from tolaria.view.course import Event
-from tolaria.view.values import mapping, numbers, real, text, whole
+from tolaria.view.values import items, mapping, numbers, real, text, whole
 
 HIDDEN = frozenset({"kind", "level", "run_id", "rank", "step", "mono_ns", "wall_ns", "trace", "versions", "digest"})
 MAX_TEXT = 300
@@ -70,7 +70,7 @@ def _boundary(event: Event) -> str:
 
 
 def _decision(event: Event) -> str:
-    count = len(event.get("commands") or ())
+    count = len(items(event.get("commands")))
     what = counted(count, "command") if count else "no change"
     source = f"{text(event.get('source'))}, {text(event.get('reason'))}"
     return f"boundary {whole(event.get('boundary')):,}: {what} ({source})"
@@ -101,7 +101,7 @@ def _command(event: Event) -> str:
 
 
 def _incident(event: Event) -> str:
-    left_out = len(event.get("samples") or ())
+    left_out = len(items(event.get("samples")))
     more = f"; leaves {counted(left_out, 'sample')} out" if left_out else ""
     return f"incident ({text(event.get('cause')).replace('_', ' ')}){_because(event)}{more}"
 
@@ -122,7 +122,8 @@ def _committed(event: Event) -> str:
 
 
 def _judged(event: Event) -> str:
-    return f"{text(event.get('command_id'))}: {text(event.get('outcome')).lower()}" + _because(event, "effect")
+    judged = f"judged a {text(event.get('outcome')).lower()}{_because(event, 'effect')}"
+    return f"command {text(event.get('command_id'))[-12:]} {judged}"
 
 
 def _seed_judged(event: Event) -> str:
@@ -165,7 +166,7 @@ def _violation(event: Event) -> str:
 
 
 def _accepted(event: Event) -> str:
-    return "goes on although this differs from what was saved: " + "; ".join(map(str, event.get("changed") or ()))
+    return "goes on although this differs from what was saved: " + "; ".join(map(str, items(event.get("changed"))))
 
 
 def _repeated(event: Event) -> str:
@@ -174,6 +175,14 @@ def _repeated(event: Event) -> str:
 
 def _moved(event: Event) -> str:
     return f"seed {text(event.get('slot'))}: {text(event.get('before')).lower()} -> {text(event.get('after')).lower()}"
+
+
+def _shadow(event: Event) -> str:
+    would = "; ".join(map(str, event.get("would_command") or ())) or "no change"
+    compared = {True: ", as the policy did", False: ", other than the policy"}
+    agrees = event.get("agrees")
+    told = compared[agrees] if isinstance(agrees, bool) else ""
+    return f"boundary {whole(event.get('boundary')):,}: the shadow would have decided {would}{told}"
 
 
 def _simple(words: str, key: str = "reason") -> Teller:
@@ -227,6 +236,8 @@ TELLERS: Mapping[str, Teller] = {
     "seed_gradient_not_finite": lambda e: f"gradient of seed {text(e.get('seed'))} not finite: dropped in this step",
     "seed_judged": _seed_judged,
     "seed_moved": _moved,
+    "shadow_answered": _shadow,
+    "shadow_silent": _simple("the shadow policy does not answer"),
     "signal_failed": _simple("what seeds would get was not measured"),
     "snapshot_bad": lambda e: f"snapshot {text(e.get('path'))} cannot be used",
     "step_skipped": _simple("step without an update"),

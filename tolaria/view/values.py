@@ -37,6 +37,11 @@ def mapping(value: object) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+def items(value: object) -> list[Any]:
+    """The entries of a list; none of anything else."""
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
 def rows(value: object) -> list[dict[str, Any]]:
     """A list of JSON objects; what is none is left out."""
-    return [dict(entry) for entry in value if isinstance(entry, Mapping)] if isinstance(value, (list, tuple)) else []
+    return [dict(entry) for entry in items(value) if isinstance(entry, Mapping)]

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from tolaria.view.lookout import View
 from tolaria.view.why import ends, pace, returns, saving, seeds, steering
-from tolaria.view.why.answer import Answer, Rule, Urgency
+from tolaria.view.why.answer import STYLE_OF, Answer, Rule, Urgency
 
-__all__ = ["Answer", "Urgency", "TOPICS", "NOTHING", "explain", "unusual", "before"]
+__all__ = ["Answer", "Urgency", "STYLE_OF", "TOPICS", "NOTHING", "explain", "unusual", "before"]
 
 TOPICS: Mapping[str, tuple[Rule, ...]] = {
     "conservative": (steering.conservative,),

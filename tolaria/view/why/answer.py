@@ -20,6 +20,10 @@ class Urgency(IntEnum):
     NOTE = 3
 
 
+STYLE_OF = {Urgency.BROKEN: "bad", Urgency.WAITING: "warn", Urgency.WORSE: "warn", Urgency.NOTE: ""}
+"""By the names of `tolaria.view.sections`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """``since``: the step from which it is so. ``now``: it is so at this moment; else it was.

@@ -1,13 +1,10 @@
 """Why a run stands still, ended, or began again. Pure rules."""
 
 from tolaria.telemetry.words import counted, duration
-from tolaria.view.course import Event
+from tolaria.view.course import Event, root_cause
 from tolaria.view.lookout import View
 from tolaria.view.values import mapping, text, whole
 from tolaria.view.why.answer import Answer, Urgency, path_of, resume_command, step_of
-
-SECONDARY = frozenset({"PeerLost"})
-"""What ranks say when another one is the cause."""
 
 ADVICE = {
     "TaskError": "Mend the task or its data, then resume:\n{resume}",
@@ -163,12 +160,6 @@ def _failed(view: View) -> list[Answer]:
             do=advice,
         )
     ]
-
-
-def root_cause(failures: list[Event]) -> Event | None:
-    """The failure that the others follow from: the first that does not speak of another rank."""
-    own = [event for event in failures if event.get("error") not in SECONDARY]
-    return next(iter(own or failures), None)
 
 
 def _killed(view: View) -> list[Answer]:

@@ -19,23 +19,36 @@ STANDS_S = 10.0
 SLOWER = 1.5
 WORKING = "compute"
 MUCH = 0.25
+LONG_S = 30.0
+"""Less is no time that anybody misses: every short run is mostly start."""
 WAIT_SHARE = 0.3
 PARTS_OF_A_BOUNDARY = {
+    "round_trip": "the policy's answer",
     "tamiyo": "the policy's answer",
     "validation": "validation",
     "signal": "measuring what seeds would get",
-    "state": "putting the report together",
+    "report": "bringing the ranks' numbers together",
     "broadcast": "telling the decision to the ranks",
-    "check": "comparing the ranks",
+    "check": "the ranks' vote",
     "apply": "carrying commands out",
+    "digest": "comparing the ranks",
+    "guard": "comparing the ranks' states",
+    "decision": "writing the decision to the log",
+    "warm_up": "trying and compiling what changed",
+    "telemetry": "telemetry",
 }
+"""In words; "boundary" is the sum of the parts that are not the user's."""
 CATEGORY_ADVICE = {
-    "data_wait": "More loader processes (data.num_workers), or a faster store.",
+    "data wait": "More loader processes (data.num_workers), or a faster store.",
     "validation": "A smaller validation set, or fewer boundaries (train.boundary_steps).",
     "checkpoint": "Fewer saves: a larger checkpoint.every.",
     "compile": "It is once for each structure; kept code (compile.cache) spares it at the next start.",
-    "sync_wait": "Ranks wait for the slowest: `tolaria status {path}` shows each one's own time.",
+    "sync wait": "Ranks wait for the slowest: `tolaria status {path}` shows each one's own time.",
     "boundary": "Fewer boundaries (train.boundary_steps), or a faster policy.",
+    "replayed": "Steps are done again after a return or a restart: `tolaria why {path} went-back`, and `restarted`; "
+    "a smaller recovery.snapshot_steps loses fewer.",
+    "restart": "`tolaria why {path} restarted` tells what ended the starts before.",
+    "paused": "`tolaria why {path} paused` tells by whom.",
 }
 
 
@@ -138,7 +151,7 @@ def data_wait(view: View) -> list[Answer]:
             urgency=Urgency.WORSE,
             since=view.now.step,
             facts=facts,
-            do=CATEGORY_ADVICE["data_wait"],
+            do=CATEGORY_ADVICE["data wait"],
         )
     ]
 
@@ -188,12 +201,11 @@ def slow_boundary(view: View) -> list[Answer]:
     intervals = _intervals(view)[-5:]
     if len(intervals) < 2:
         return []
-    spent = median(sum(point.latency_ms.values()) for point, _ in intervals)
+    spent = median(sum(_parts(point).values()) for point, _ in intervals)
     whole_ms = median(ms * (point.step - former.step) for (former, _), (point, ms) in pairwise(intervals))
     if whole_ms <= 0 or spent < MUCH * whole_ms:
         return []
-    last = intervals[-1][0].latency_ms
-    parts = sorted(last.items(), key=lambda item: -item[1])[:3]
+    parts = sorted(_parts(intervals[-1][0]).items(), key=lambda item: -item[1])[:3]
     shown = ", ".join(f"{PARTS_OF_A_BOUNDARY.get(name, name)} {milliseconds(ms)} ms" for name, ms in parts)
     return [
         Answer(
@@ -208,12 +220,16 @@ def slow_boundary(view: View) -> list[Answer]:
     ]
 
 
+def _parts(point: Boundary) -> dict[str, float]:
+    return {part: ms for part, ms in point.latency_ms.items() if part != "boundary"}
+
+
 def lost_time(view: View) -> list[Answer]:
     """What the run's ledger of time says went to something else than training."""
     total = sum(seconds for seconds in view.now.goodput.values() if seconds > 0)
     if total <= 0:
         return []
-    lost = {name: s for name, s in view.now.goodput.items() if name != WORKING and s >= MUCH * total}
+    lost = {name: s for name, s in view.now.goodput.items() if name != WORKING and s >= MUCH * total and s >= LONG_S}
     return [
         Answer(
             topic="slow",

@@ -64,7 +64,7 @@ def _what(seed: SeedNow, refused: Asked | None) -> str:
         "EMBARGOED": "closed for a while after its seed was culled",
         "RESETTING": "being cleaned after its seed went",
         "TERMINATED": "the run is over",
-        "BLENDING": "its seed is being blended in",
+        "BLENDING": "its seed is blended in" if seed.alpha == 1 else "its seed is being blended in",
     }.get(seed.stage, f"its seed waits in stage {seed.stage.lower()} for the next move")
 
 
@@ -101,6 +101,8 @@ def _next(operation: str, gate: str) -> Waiting:
 
 def _blending(view: View, seed: SeedNow) -> str:
     steps = setting(view, "kasmina", "blend_steps", 100)
+    if seed.alpha is not None and seed.alpha >= 1:
+        return _next("stabilize", "gate G2: a validation loss within bounds, and alpha at 1")(view, seed)
     alpha = f"{seed.alpha:.2f}" if seed.alpha is not None else "unknown"
     held = " It is held in conservative mode." if view.now.conservative else ""
     return f"Alpha is {alpha} and reaches 1 after kasmina.blend_steps={steps:g} steps by itself.{held}"

@@ -48,7 +48,8 @@ def conservative(view: View) -> list[Answer]:
         return [] if now.alive or not now.conservative else [_as_it_was(view)]
     entered = [event for event in changes if event.get("mode") == "conservative"]
     back = [event for event in view.course.of_kind("went_back", rank=0) if event.get("conservative")]
-    since = max((step_of(event) for event in (entered[-1:] + back[-1:])), default=None)
+    entries = [step_of(event) for event in entered[-1:]] + [whole(event.get("to_step")) for event in back[-1:]]
+    since = max(entries, default=None)
     reason = now.mode_reason or "no reason told"
     facts = ["no structural change, no larger learning rate, alpha held, while it lasts"]
     facts += [f"{text(event.get('reason'))} (at step {step_of(event):,})" for event in _policy_failures(view)[-1:]]

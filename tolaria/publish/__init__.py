@@ -1,0 +1,1 @@
+"""A run's telemetry as Leyline packets, for whoever subscribes."""
