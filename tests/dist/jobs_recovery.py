@@ -150,9 +150,10 @@ def run(
     error = ""
     summary: RunSummary | None = None
     take_effects = Comeback.take_effects
+    to_come = list(returns)
 
     def scripted(self: Comeback) -> bool | None:
-        taken = take(self.state, returns)
+        taken = take(self.state, to_come)
         ended = take_effects(self)
         return False if taken else ended
 
@@ -232,10 +233,11 @@ def slowed(phase: str) -> Iterator[list[float]]:
         yield times
 
 
-def take(state: TrainState, returns: Sequence[dict[str, Any]]) -> bool:
-    """Do at a step what a return to it would have decided; whether there was any."""
+def take(state: TrainState, returns: list[dict[str, Any]]) -> bool:
+    """Do at a step, once, what a return to it would have decided; whether there was any."""
     due = [planned for planned in returns if state.step == planned["step"]]
     for planned in due:
+        returns.remove(planned)
         state.sampler.skip([(epoch, start, end) for epoch, start, end in planned["skip"]])
         state.mode = Mode(conservative=True, reason=planned["reason"])
     return bool(due)
