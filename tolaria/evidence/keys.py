@@ -7,9 +7,7 @@ from typing import Literal, TypeAlias
 from tolaria.errors import MessageRejected
 from tolaria.leyline.framing import Frame, FrameKind, KeyRing, load_key_file, open_frame
 from tolaria.orders.desk import KEY_NAME
-
-POLICY_KEYS_NAME = "policy.keys"
-"""Where a run keeps the keys of its embedded policies."""
+from tolaria.tamiyo.line import KEYS_NAME
 
 Proof: TypeAlias = Literal["verified", "no key", "WRONG", ""]
 """verified: signed by one of the keys, and not altered since; "": nothing there is signed."""
@@ -38,5 +36,5 @@ class Keys:
 
 def keys_for(run: Path, key_files: Sequence[str]) -> Keys:
     """The keys named, and those that lie in the run's directory. Raises ConfigError for a file that is no key file."""
-    own = [run / name for name in (KEY_NAME, POLICY_KEYS_NAME)]
+    own = [run / name for name in (KEY_NAME, KEYS_NAME)]
     return Keys([load_key_file(path) for path in (*map(Path, key_files), *(path for path in own if path.exists()))])

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The parts of a boundary in groups for the picture; those of older versions among them."""
 GOODPUT_COLOURS = {
     "compute": 3, "data wait": 2, "sync wait": 8, "compile": 4, "validation": 7, "boundary": 1, "checkpoint": 6,
-    "rollback": 5, "replayed": 5, "restart": 5,
+    "rollback": 5, "replayed": 5, "restart": 5, "paused": 6, "rehearsal": 7, "start-up": 6,
 }  # fmt: skip
 MANY_RANKS = 6
 
