@@ -1,4 +1,4 @@
-"""What a person types, and what they read then: help that fits a terminal, mistakes in one line, refusals with a way on."""
+"""What a person types and reads: help that fits a terminal, mistakes in one line, refusals with a way on."""
 
 import os
 import subprocess
