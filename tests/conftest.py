@@ -61,7 +61,9 @@ LONG = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the tests that the whole suite leaves out, but for the faults")
+    parser.addoption(
+        "--long", action="store_true", help="the tests that the whole suite leaves out, but for the faults"
+    )
     parser.addoption("--faults", action="store_true", help="the rows of the fault matrix only, with a table at the end")
 
 

@@ -68,7 +68,7 @@ def lr(
     context: typer.Context,
     scale: Annotated[float | None, typer.Option(metavar="FACTOR", help="Multiply the rate: 0.5 halves it.")] = None,
     set_: Annotated[
-        float | None, typer.Option("--set", metavar="RATE", help="The rate itself, before warm-up and decay.")
+        float | None, typer.Option("--set", metavar="RATE", help="The rate from here on, warm-ups apart.")
     ] = None,
     groups: Annotated[str, typer.Option(metavar="PATTERN", help="Which groups: host, seed/SLOT.")] = "*",
     reason: Reason = "", dry_run: DryRun = False, wait: Wait = 30.0, json: Json = False, key_file: KeyFile = None,
