@@ -173,14 +173,14 @@ class Acts:
         before = state.mode.conservative
         frame = encode_decision(self._decision(told)) if parts.world.is_coordinator else None
         applied = parts.coordinator.act(frame)
-        fate = applied.outcomes[0]
+        fate, back = applied.outcomes[0], applied.go_back
         if applied.structure_changed:
             parts.guard.structure_changed()
         parts.saver.changed |= fate.applied
-        if fate.applied and fate.command is not None and applied.go_back is None:
+        if fate.applied and fate.command is not None and back is None:
             self.docket.remember(told, fate.command, conservative=before)
-        self._finish(told, fate, answer=applied.go_back is None)
-        return Effect(go_back=parts.guard.commanded(applied.go_back)) if applied.go_back is not None else None
+        self._finish(told, fate, answer=back is None)
+        return None if back is None else Effect(go_back=parts.guard.commanded(back, why=told["reason"]))
 
     def _rehearse(self, told: Mapping[str, Any]) -> None:
         """Try a change; the run goes on from where it is. Collective; blocks for all of it."""

@@ -167,9 +167,12 @@ class Guard:
             self.events.emit("checkpoint_good", seq=rung.seq, saved_step=rung.step)
         return None
 
-    def commanded(self, command: RollbackCommand) -> Incident:
-        """The return that a command asks for. Local; rank 0 knows the checkpoint and has found that there is one."""
-        incident = self._incident("command", ELEVATED, command.reason or f"asked for: {command.target}")
+    def commanded(self, command: RollbackCommand, *, why: str = "") -> Incident:
+        """The return that a command asks for. Local; rank 0 knows the checkpoint and has found that there is one.
+
+        ``why``: what an operator said beside the command.
+        """
+        incident = self._incident("command", ELEVATED, command.reason or why or f"asked for: {command.target}")
         seq = self.journal.target_of(command) if self.world.is_coordinator else None
         return replace(incident, checkpoint=seq if seq is not None else -1)  # on no rank one of another cause
 

@@ -40,7 +40,6 @@ def typed(folder: Path, command: str, *more: str) -> str:
         timeout=150, check=False, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert all(len(line) <= 80 for line in done.stdout.splitlines()), done.stdout
     return done.stdout
 
 
@@ -50,7 +49,8 @@ def look(folder: Path) -> None:
         if command == "tolaria runs":
             assert "running" in typed(folder, command, ".")
         else:
-            typed(folder, command, *(("--once",) if " top " in command else ()))
+            shown = typed(folder, command, *(("--once",) if " top " in command else ()))
+            assert all(len(line) <= 80 for line in shown.splitlines()), shown
 
 
 def act(folder: Path, job: Job) -> None:
