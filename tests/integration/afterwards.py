@@ -59,6 +59,12 @@ def ordered(run: Path, action: str = COMMAND, command: Command | None = None, re
     return RunClient.of(run).send(order, wait_s=WAIT_S)
 
 
+def went_back(run: Path) -> Outcome | None:
+    """The outcome of going back to a good checkpoint; None while there is none yet, which is refused."""
+    outcome = ordered(run, command=do.rollback(step=None), reason="it was better there")
+    return outcome if outcome.state == "applied" else None
+
+
 def steered_run(folder: Path) -> Steered:
     """Train in ``folder / "run"``, with a person at it."""
     script = folder / "steered.toml"
@@ -83,7 +89,7 @@ def steered_run(folder: Path) -> Steered:
         told["halved"] = ordered(run, command=do.scale_lr("host*", 0.5), reason=EVIL)
         told["far"] = ordered(run, command=do.scale_lr("*", 1e9))
         told["resumed"] = ordered(run, RESUME)
-        told["back"] = ordered(run, command=do.rollback(step=None), reason="it was better there")
+        told["back"] = job.wait_until(lambda: went_back(run), "a good checkpoint to go back to")
         told["stopped"] = ordered(run, STOP, reason="enough")
         summary = job.finish()
         assert job.left_behind() == []
