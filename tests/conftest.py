@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tests.faults import matrix
+from tests.long import LONG
 from tolaria.kasmina import blueprints
 
 MARK = "TOLARIA_TEST_SESSION"  # inherited by everything that a test starts, also once its parent is gone
@@ -47,17 +48,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # lets SIGABRT show the stacks of a process that is left behind
     with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         config.stash[stderr_fd] = os.dup(2)
-
-
-# Minutes each; `make long` runs them, and so do their names.
-LONG = (
-    "tests/integration/test_goodput_runs.py",
-    "tests/integration/test_growth_benchmarks.py",
-    "tests/integration/test_operator_course.py",
-    "tests/integration/test_sinks_of_a_run.py",
-    "tests/integration/test_speed_benchmarks.py",
-    "tests/integration/test_watching.py",
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.architecture.source import PACKAGE, ROOT, Function, functions, modules, tracked_files
+from tests.long import LONG
 
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
@@ -57,7 +58,7 @@ def own_nodes(function: Function) -> list[ast.AST]:
     return found
 
 
-NOT_WITH_THE_SUITE = {ROOT / "tests/faults/test_partition.py"}  # in `make faults`
+NOT_WITH_THE_SUITE = {ROOT / "tests/faults/test_partition.py", *(ROOT / name for name in LONG)}  # `make faults`, `long`
 
 
 def test_only_listed_functions_catch_everything() -> None:
