@@ -1,4 +1,4 @@
-"""The tests that the whole suite leaves out because each takes minutes; `make long` runs them, and so do their names."""
+"""The tests that the whole suite leaves out: each takes minutes. `make long` runs them, and so do their names."""
 
 LONG = (
     "tests/integration/test_goodput_runs.py",
