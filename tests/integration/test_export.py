@@ -64,7 +64,8 @@ def trained() -> Iterator[Job]:
     folder = Path(tempfile.mkdtemp(prefix="tl-"))
     (folder / "script.toml").write_text(SCRIPT)
     options = {
-        "task": "tolaria.tasks.digits:make_task", "task.args.width": 2, "optim.lr": 0.02, "train.epochs": EPOCHS, "train.batch_size": 64,
+        "task": "tolaria.tasks.digits:make_task", "task.args.width": 2, "optim.lr": 0.02,
+        "train.epochs": EPOCHS, "train.batch_size": 64,
         "compile.enabled": "false",
         "precision.amp": "off", "dist.device": "cpu", "tamiyo.policy": f"script:{folder / 'script.toml'}",
         "kasmina.min_contribution": -100, "kasmina.max_loss_ratio": 100, "checkpoint.every": 1, "checkpoint.keep": 20,
