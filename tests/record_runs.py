@@ -6,6 +6,7 @@ Tests of what is seen of a run read these; they are made anew when the events ch
 """
 
 import contextlib
+import re
 import shutil
 import signal
 import sys
@@ -124,9 +125,15 @@ def record(make: Callable[[Path], None]) -> None:
         target.mkdir(parents=True)
         for name in KEPT:
             if (folder / "run" / name).exists():
-                (target / name).write_text((folder / "run" / name).read_text().replace(str(folder), "/runs"))
+                (target / name).write_text(_portable((folder / "run" / name).read_text(), folder))
     finally:
         shutil.rmtree(folder)
+
+
+def _portable(text: str, folder: Path) -> str:
+    """Without the folders of the machine that it was recorded on."""
+    text = text.replace(str(folder), "/runs").replace(f"{ROOT}/", "").replace(sys.base_prefix, "/usr")
+    return re.sub(r"/tmp/tolaria-tamiyo-\d+-\w+", "/runs/socket", text)
 
 
 def main(names: list[str]) -> int:

@@ -32,7 +32,7 @@ OBJECT_COLLECTIVES = {
     "send_object_list",
 }  # fmt: skip
 # Folders of one person's or one service's machine; the parts are joined so that this file does not match itself.
-MACHINE_PATH = re.compile("(?<![\\w.])/(" + "|".join(["work", "ro" + "ot", "home", "Users", "opt", "mnt"]) + r")/\w")
+MACHINE_PATH = re.compile("(?<![\\w.])/(" + "|".join(["work", "ro" + "ot", "home", "Users", "opt", "mnt"]) + r")/[\w.]")
 
 
 def is_broad(handler: ast.ExceptHandler) -> bool:
