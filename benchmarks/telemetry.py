@@ -267,7 +267,9 @@ def _report(model: str, found: dict[str, Any]) -> dict[str, Any]:
         rows.append([side, f"{us.median:.0f}", f"{ratio.median:.4f}", f"{ratio.low:.4f} to {ratio.high:.4f}"])
     say(f"\n{model}, 2 ranks, {STEPS[model]} steps a block, {len(found['times']['off'])} blocks of each side")
     say(table(["side", "us a step", "ratio", "quartiles"], rows))
-    say(f"put: {found['put_us']:.1f} us; lost: {found['lost']}")
+    say(f"handing a record to the sinks: {found['put_us']:.1f} us")
+    for side, lost in found["lost"].items():
+        say(f"lost, {side}: " + ", ".join(f"{name} {count:g}" for name, count in lost.items()))
     return {"sides": sides, "put_us": found["put_us"], "lost": found["lost"]}
 
 
