@@ -193,6 +193,20 @@ def test_a_full_disk_rests_the_sink_and_is_told_once_and_it_comes_back(monkeypat
     assert "No space left" in told.events[0][1]["reason"]
 
 
+def test_what_a_sink_had_taken_when_its_flush_failed_is_counted() -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink, told = Kept(), Told()
+    sink.flush = full  # type: ignore[method-assign]
+    fan = Fan([sink], queue_records=8, tell=told)
+    for _ in range(3):
+        put(fan)
+    eventually(lambda: "sink_lost_records" in told.kinds)
+    fan.close()
+    assert len(sink.records) == 3 and fan.lost == {"kept": 3}
+
+
 def test_what_a_resting_sink_never_got_is_counted_at_the_end() -> None:
     def raises(_: Record) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

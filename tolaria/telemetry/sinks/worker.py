@@ -45,7 +45,7 @@ class SinkThread:
         self._limit = limit
         # Counted apart: one in the threads that put, one in this thread.
         self._dropped = 0
-        self._failed = 0
+        self._failed = self._unflushed = 0
         self._tell = tell
         self._clock = clock
         self._queue: deque[Record] = deque()
@@ -59,7 +59,7 @@ class SinkThread:
 
     @property
     def lost(self) -> int:
-        """Records that the sink was never given, or failed to take."""
+        """Records that the sink was never given, failed to take, or had not flushed when it failed."""
         return self._dropped + self._failed
 
     def put(self, record: Record) -> None:
@@ -102,13 +102,13 @@ class SinkThread:
         try:
             while self._queue:
                 record = self._queue.popleft()
-                try:
-                    self._attempt(lambda record=record: self.sink.write(record))  # type: ignore[misc]
-                except OSError:
-                    self._failed += 1
-                    raise
+                self._unflushed += 1
+                self._attempt(lambda record=record: self.sink.write(record))  # type: ignore[misc]
             self._attempt(self.sink.flush)
+            self._unflushed = 0
         except OSError as error:
+            # What the sink had taken since it was last flushed may be lost with the record that failed.
+            self._failed, self._unflushed = self._failed + self._unflushed, 0
             self._rest_s = min(LONGEST_REST_S, 2 * self._rest_s or REST_S)
             self._resting_until = self._clock() + self._rest_s
             self._once("sink_failing", "warning", reason=f"{type(error).__name__}: {error}")
